@@ -1,0 +1,1 @@
+"""The Cluster page: nodes, their devices and their processes."""

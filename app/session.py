@@ -1,0 +1,443 @@
+"""What the window knows of the engine: stage, model, nodes, the plan in force.
+
+In: batches of event structs from the bridge. Out: Qt signals for the presenters, and typed calls
+to the bridge. Events of a call go to whoever made it. No widgets, no waiting, no file access.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+from PySide6.QtCore import QObject, Signal
+
+from engine.cluster.messages import Message
+from engine.errors import PlanError
+from engine.host.messages import (
+    AddNode,
+    AddSimulatedNodes,
+    ApplyPlan,
+    CallFailed,
+    Done,
+    DtypeChoice,
+    Finished,
+    ModelOpened,
+    NodesChanged,
+    NodeState,
+    OpenModel,
+    PlanApplied,
+    PlanLost,
+    Progress,
+    Throughput,
+)
+from engine.plan.plan import Plan, PlanShape
+from engine.plan.presets import single
+
+logger = logging.getLogger(__name__)
+
+HOME_DEVICE = "this/cpu"
+EventHandler = Callable[[Message], None]
+
+
+class Stage(Enum):
+    """How far the engine is on its way to answering."""
+
+    STARTING = "starting the engine"
+    OPENING = "opening the model"
+    LOADING = "loading weights"
+    READY = "ready"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What keeps the engine from answering, for a person.
+
+    Attributes:
+        remedy: what the button does: load the last plan again, open the default model, or start
+            a new engine.
+    """
+
+    title: str
+    message: str
+    remedy: Literal["load_again", "open_default", "restart"]
+
+
+class Poster(Protocol):
+    """The part of the bridge that the session uses."""
+
+    def post(self, call: Message) -> None:
+        """Send a call."""
+        ...
+
+    def start(self) -> None:
+        """Start an engine host."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """What the command line asked for."""
+
+    model: str | None = None
+    dtype: DtypeChoice = "auto"
+    kv_window: int | None = None
+    num_threads: int | None = None
+    demo_workers: int = 0
+    join_tokens: tuple[str, ...] = ()
+
+
+class Session(QObject):
+    """The engine as the window sees it.
+
+    Attributes:
+        stage, trouble: whether a question can be answered now, and what is in the way.
+        model: of the last `ModelOpened`; None before.
+        plan: the plan in force; None while there is none.
+        last_plan: the last plan that was in force for this model.
+        progress: of the running open or apply, by subject.
+        device_order: devices in the order in which they joined, which gives their colours.
+    """
+
+    stage_changed = Signal()
+    model_changed = Signal()
+    plan_changed = Signal()
+    nodes_changed = Signal()
+    progress_changed = Signal()
+    throughput_measured = Signal(object)
+    call_failed = Signal(str)
+
+    def __init__(self, bridge: Poster, options: StartOptions, parent: QObject | None = None) -> None:
+        """Nothing is started yet."""
+        super().__init__(parent)
+        self._bridge = bridge
+        self._ids = itertools.count(1)
+        self._handlers: dict[int, EventHandler] = {}
+        self.options = options
+        self.stage = Stage.STARTING
+        self.trouble: Trouble | None = None
+        self.model: ModelOpened | None = None
+        self.plan: Plan | None = None
+        self.last_plan: Plan | None = None
+        self.nodes: tuple[NodeState, ...] = ()
+        self.device_order: list[str] = []
+        self.progress: dict[str, Progress] = {}
+        self._open_path: str | None = options.model
+        self._open_request = 0
+        self._apply_request = 0
+        self._wants_plan = False
+        self._wanted_simulated = options.demo_workers
+
+    # ---- calls -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine host, and ask for the model and nodes of the start options."""
+        self._handlers.clear()
+        self._set_stage(Stage.STARTING)
+        self._bridge.start()
+        self.open_model(self._open_path)
+        if self._wanted_simulated:
+            self.add_simulated_nodes(self._wanted_simulated)
+        for token in self.options.join_tokens:
+            self.add_node(token)
+
+    def call(self, make: Callable[[int], Message], on_event: EventHandler | None = None) -> int:
+        """Post a call and route its events.
+
+        Args:
+            make: builds the call from its request id.
+            on_event: hears every event of this call, the last one included.
+        Returns: the request id.
+        """
+        request_id = next(self._ids)
+        if on_event is not None:
+            self._handlers[request_id] = on_event
+        self._bridge.post(make(request_id))
+        return request_id
+
+    def open_model(self, path: str | None) -> None:
+        """Open a file or folder; None opens the default model."""
+        self._open_path = path
+        self.progress = {}
+        self._wants_plan = False
+        if self.stage is not Stage.STARTING:
+            self._set_stage(Stage.OPENING)
+        self._open_request = self.call(self._make_open, self._on_open_event)
+        self.progress_changed.emit()
+
+    def apply_plan(self, plan: Plan) -> None:
+        """Put a plan in force; devices without a share are left out of it."""
+        used = without_idle_devices(plan)
+        self.progress = {}
+        self._set_stage(Stage.LOADING)
+
+        def make(request_id: int) -> Message:
+            return ApplyPlan(request_id=request_id, plan=used)
+
+        self._apply_request = self.call(make, self._on_apply_event)
+        self.progress_changed.emit()
+
+    def load_again(self) -> None:
+        """Put the last plan in force once more."""
+        if self.last_plan is not None:
+            self.apply_plan(self.last_plan)
+        elif self.model is not None:
+            self._wants_plan = True
+            self._apply_first_plan()
+
+    def mend(self) -> None:
+        """Do what the trouble's button says."""
+        if self.trouble is None:
+            return
+        match self.trouble.remedy:
+            case "load_again":
+                self.load_again()
+            case "open_default":
+                self.open_model(None)
+            case "restart":
+                self.start()
+
+    def add_simulated_nodes(self, count: int) -> None:
+        """Have `count` simulated nodes in all."""
+        self._wanted_simulated = max(self._wanted_simulated, count)
+
+        def make(request_id: int) -> Message:
+            return AddSimulatedNodes(request_id=request_id, count=count)
+
+        self.call(make, self._on_node_call_event)
+
+    def add_node(self, token: str) -> None:
+        """Connect to another computer's worker by its join token."""
+
+        def make(request_id: int) -> Message:
+            return AddNode(request_id=request_id, token=token)
+
+        self.call(make, self._on_node_call_event)
+
+    # ---- facts -------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a question can be asked now."""
+        return self.plan is not None and self.stage in (Stage.READY, Stage.LOADING)
+
+    @property
+    def is_applying(self) -> bool:
+        """Whether a plan is on its way into force."""
+        return self.stage is Stage.LOADING
+
+    @property
+    def num_simulated_nodes(self) -> int:
+        """Simulated nodes, lost ones included: their names are taken."""
+        return sum(node.kind == "simulated" for node in self.nodes)
+
+    def device_index(self, device: str) -> int:
+        """A device's place in the order of joining; a device never seen joins now."""
+        if device not in self.device_order:
+            self.device_order.append(device)
+        return self.device_order.index(device)
+
+    def device_label(self, device: str) -> str:
+        """A device's name for a person, such as "this computer" or "local-1"."""
+        node_name, _, kind = device.partition("/")
+        name = "this computer" if node_name == "this" else node_name
+        node = next((node for node in self.nodes if node.name == node_name), None)
+        if node is not None and len(node.devices) > 1:
+            return f"{name} {kind.upper()}"
+        return name
+
+    def available_devices(self) -> list[str]:
+        """Devices of nodes that are there, in order of joining."""
+        devices = [
+            device.device
+            for node in self.nodes
+            if node.state in ("ready", "loading", "busy")
+            for device in node.devices
+        ]
+        return sorted(devices, key=self.device_index)
+
+    # ---- events ------------------------------------------------------------------------------
+
+    def hear(self, events: Sequence[Message]) -> None:
+        """Take a batch of events, in order."""
+        for event in events:
+            request_id: int | None = getattr(event, "request_id", None)
+            if request_id is None:
+                self._hear_news(event)
+                continue
+            handler = self._handlers.get(request_id)
+            if isinstance(event, Done | Finished | CallFailed):
+                self._handlers.pop(request_id, None)
+            if handler is not None:
+                handler(event)
+
+    def engine_started(self) -> None:
+        """The engine host runs."""
+        if self.stage is Stage.STARTING:
+            self._set_stage(Stage.OPENING)
+
+    def engine_lost(self, reason: str) -> None:
+        """The engine host ended; every call that was under way has failed."""
+        handlers = list(self._handlers.items())
+        self._handlers.clear()
+        self._open_request = self._apply_request = 0
+        for request_id, handler in handlers:
+            handler(CallFailed(request_id=request_id, error="WorkerLost", message=reason))
+        self._set_plan(None)
+        self.nodes = ()
+        self.nodes_changed.emit()
+        self._stop(Trouble(title="The engine ended", message=reason, remedy="restart"))
+
+    def _hear_news(self, event: Message) -> None:
+        match event:
+            case NodesChanged():
+                self.nodes = event.nodes
+                for node in event.nodes:
+                    for device in node.devices:
+                        self.device_index(device.device)
+                self.nodes_changed.emit()
+                self._apply_first_plan()
+            case PlanApplied():
+                self._set_plan(event.plan)
+            case PlanLost():
+                self._set_plan(None)
+                self._stop(
+                    Trouble(
+                        title="The split stopped running",
+                        message=event.message,
+                        remedy="load_again",
+                    )
+                )
+            case Throughput():
+                self.throughput_measured.emit(event)
+            case _:
+                logger.debug("nobody hears %s", type(event).__name__)
+
+    def _make_open(self, request_id: int) -> Message:
+        return OpenModel(
+            request_id=request_id,
+            path=self._open_path,
+            dtype=self.options.dtype,
+            kv_window=self.options.kv_window,
+            num_threads=self.options.num_threads,
+        )
+
+    def _on_open_event(self, event: Message) -> None:
+        if getattr(event, "request_id", None) != self._open_request:
+            return
+        match event:
+            case Progress():
+                self._take_progress(event)
+            case ModelOpened():
+                self._take_model(event)
+            case CallFailed():
+                self._stop(
+                    Trouble(
+                        title="The model could not be opened",
+                        message=event.message,
+                        remedy="open_default",
+                    )
+                )
+            case _:
+                pass
+
+    def _on_apply_event(self, event: Message) -> None:
+        if getattr(event, "request_id", None) != self._apply_request:
+            return
+        match event:
+            case Progress():
+                self._take_progress(event)
+            case CallFailed():
+                self.progress = {}
+                self.progress_changed.emit()
+                if self.plan is not None:
+                    # The earlier plan still runs, so this is news and not trouble.
+                    self._set_stage(Stage.READY)
+                    self.call_failed.emit(event.message)
+                else:
+                    self._stop(
+                        Trouble(
+                            title="The split could not be applied",
+                            message=event.message,
+                            remedy="load_again",
+                        )
+                    )
+            case _:
+                self.progress = {}
+                if self.plan is not None:
+                    self._set_stage(Stage.READY)
+                self.progress_changed.emit()
+
+    def _on_node_call_event(self, event: Message) -> None:
+        if isinstance(event, CallFailed):
+            self.call_failed.emit(event.message)
+
+    def _take_progress(self, progress: Progress) -> None:
+        self.progress[progress.subject] = progress
+        self.progress_changed.emit()
+
+    def _take_model(self, model: ModelOpened) -> None:
+        same_shape = (
+            self.last_plan is not None
+            and self.last_plan.shape == PlanShape.from_config(model.config)
+        )
+        if not same_shape:
+            self.last_plan = None
+        self.model = model
+        self.progress = {}
+        self._set_plan(None)
+        self._wants_plan = True
+        self.model_changed.emit()
+        self._apply_first_plan()
+
+    def _apply_first_plan(self) -> None:
+        """After a model was opened: the last plan if it fits, else this computer alone."""
+        if not self._wants_plan or self.model is None:
+            return
+        available = self.available_devices()
+        if self.last_plan is not None and set(self.last_plan.devices) <= set(available):
+            self._wants_plan = False
+            self.apply_plan(self.last_plan)
+            return
+        own = [device for device in available if device.startswith("this/")]
+        if not own:
+            return
+        device = HOME_DEVICE if HOME_DEVICE in own else own[0]
+        self._wants_plan = False
+        self.apply_plan(single(PlanShape.from_config(self.model.config), device))
+
+    def _set_plan(self, plan: Plan | None) -> None:
+        self.plan = plan
+        if plan is not None:
+            self.last_plan = plan
+            self._set_stage(Stage.READY)
+        self.plan_changed.emit()
+
+    def _set_stage(self, stage: Stage) -> None:
+        self.stage = stage
+        self.trouble = None
+        self.stage_changed.emit()
+
+    def _stop(self, trouble: Trouble) -> None:
+        self.stage = Stage.STOPPED
+        self.trouble = trouble
+        self.progress = {}
+        self.stage_changed.emit()
+        self.progress_changed.emit()
+
+
+def without_idle_devices(plan: Plan) -> Plan:
+    """The plan with only the columns that have a share."""
+    used = plan.used_devices()
+    if len(used) == len(plan.devices):
+        return plan
+    cells = tuple(tuple(row[index] for index in used) for row in plan.cells)
+    devices = tuple(plan.devices[index] for index in used)
+    try:
+        return Plan(plan.shape, devices, cells, plan.wire).validate()
+    except PlanError:
+        return plan

@@ -1,0 +1,1 @@
+"""The Split page: the draft of a plan, its canvas and its faders."""

@@ -1,0 +1,401 @@
+"""The engine host's side of a plan: serves weights to its runners, sends steps, gathers answers.
+
+In: a plan, the runners' addresses, steps. Out: the answers of all devices, or one error that names
+the device, its layers and the cause. It owns the sockets to the runners and belongs to one thread;
+only `report_lost` may be called from another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import zmq
+import zmq.utils.monitor
+
+from engine.cluster import messages as m
+from engine.cluster.security import KeyPair
+from engine.cluster.transport import Channel, connect
+from engine.errors import EngineError, ProtocolError, WorkerLost, error_by_name
+from engine.model.config import ModelConfig
+from engine.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+# Runs out only where neither the worker nor the heartbeat noticed anything.
+STEP_SECONDS = 120.0
+LOAD_SILENCE_SECONDS = 60.0
+# From a closed connection to the worker's word on why: a dying process takes its time.
+CAUSE_SECONDS = 1.5
+
+
+class WeightSource(Protocol):
+    """Whoever can cut slices out of a checkpoint."""
+
+    def read_slice(self, name: str, axis: int, start: int, end: int) -> m.Array:
+        """Bytes of elements [start, end) along an axis, in file format."""
+        ...
+
+
+class RunnerAddress(msgspec.Struct, frozen=True):
+    """Where a runner listens, and its key."""
+
+    device: str
+    control_endpoint: str
+    exchange_endpoint: str
+    public_key: bytes
+
+
+class LoadRequest(NamedTuple):
+    """What a plan needs to be put in force."""
+
+    epoch: int
+    config: ModelConfig
+    plan: Plan
+    dtype: m.ComputeDtype
+    kv_window: int
+    threads: Mapping[str, int]
+    checkpoint_id: str
+    tensors: tuple[m.TensorFormatInfo, ...]
+    source: WeightSource
+
+
+class DeviceAnswer(NamedTuple):
+    """One device's answer to a step."""
+
+    device_index: int
+    answer: m.StepAnswer
+    tensors: list[m.Array]
+
+
+def describe_rows(plan: Plan, device_index: int) -> str:
+    """The rows of a device for a person, such as "layers 0-9 and the output head"."""
+    layers = sorted({r // 2 for r in plan.rows_of(device_index) if r != plan.shape.head_row})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    parts = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs]
+    text = ""
+    if parts:
+        text = ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
+    if plan.cells[plan.shape.head_row][device_index]:
+        text += " and the output head" if text else "the output head"
+    return text or "nothing"
+
+
+class _Link:
+    """The sockets to one runner."""
+
+    def __init__(self, context: zmq.Context[Any], keys: KeyPair, address: RunnerAddress) -> None:
+        self.address = address
+        socket = connect(
+            context, zmq.DEALER, keys, address.public_key, address.control_endpoint
+        )
+        self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
+        self.monitor = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+
+    def is_disconnected(self) -> bool:
+        """Read the monitor's events; True when the connection was lost."""
+        is_lost = False
+        while self.monitor.poll(0):
+            event = zmq.utils.monitor.recv_monitor_message(self.monitor)
+            is_lost = event["event"] == zmq.EVENT_DISCONNECTED
+        return is_lost
+
+    def close(self) -> None:
+        self.channel.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.channel.close()
+
+
+class Coordinator:
+    """The runners of one engine host."""
+
+    def __init__(self, context: zmq.Context[Any], keys: KeyPair) -> None:
+        """Args: keys: the engine host's; runners know its public half."""
+        self._context = context
+        self._keys = keys
+        self._links: dict[str, _Link] = {}
+        self._lost: deque[tuple[str, str]] = deque()
+        self._wake_receiver = context.socket(zmq.PULL)
+        endpoint = f"inproc://coordinator-{id(self)}"
+        self._wake_receiver.bind(endpoint)
+        self._wake_sender = context.socket(zmq.PUSH)
+        self._wake_sender.connect(endpoint)
+        self._request: LoadRequest | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_receiver, zmq.POLLIN)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force."""
+        return self._request.plan if self._request is not None else None
+
+    def report_lost(self, device: str, cause: str) -> None:
+        """A worker says that a runner ended. Any one thread besides the owner."""
+        self._lost.append((device, cause))
+        self._wake_sender.send(b"")
+
+    def load(
+        self,
+        request: LoadRequest,
+        runners: Sequence[RunnerAddress],
+        on_progress: Callable[[str, int, int], None],
+        should_stop: Callable[[], bool],
+    ) -> dict[str, int]:
+        """Put a plan in force.
+
+        Args:
+            runners: one for every device with a share.
+            on_progress: called with (device, bytes done, bytes in all).
+        Returns: bytes of weights in memory, by device.
+        Raises: WorkerLost, EngineError: a device could not take its share.
+        """
+        self._request = None
+        self._connect(runners)
+        plan = request.plan
+        used = [plan.devices[i] for i in plan.used_devices()]
+        addresses = {runner.device: runner for runner in runners}
+        indexes = {device: i for i, device in enumerate(plan.devices)}
+        for device in used:
+            peers = tuple(
+                m.Peer(
+                    device_index=indexes[other],
+                    exchange_endpoint=addresses[other].exchange_endpoint,
+                    public_key=addresses[other].public_key,
+                )
+                for other in used
+                if other != device
+            )
+            load = m.Load(
+                epoch=request.epoch,
+                config=request.config,
+                plan=plan,
+                device_index=indexes[device],
+                dtype=request.dtype,
+                kv_window=request.kv_window,
+                num_threads=request.threads[device],
+                checkpoint_id=request.checkpoint_id,
+                tensors=request.tensors,
+                peers=peers,
+            )
+            self._links[device].channel.send(load)
+        loaded: dict[str, int] = {}
+        self._request = request
+        try:
+            last_word = time.monotonic()
+            while len(loaded) < len(used):
+                if should_stop():
+                    raise WorkerLost("loading was given up")
+                for device, received in self._receive(0.25):
+                    last_word = time.monotonic()
+                    self._take_load_message(device, received, request, loaded, on_progress)
+                if time.monotonic() - last_word > LOAD_SILENCE_SECONDS:
+                    silent = ", ".join(d for d in used if d not in loaded)
+                    raise WorkerLost(f"{silent} said nothing for {LOAD_SILENCE_SECONDS:.0f} s")
+        except EngineError:
+            self.abort()
+            raise
+        return loaded
+
+    def step(self, step: m.Step, embeddings: m.Array | None) -> list[DeviceAnswer]:
+        """Send a step to all devices of the plan and wait for all answers.
+
+        Args:
+            embeddings: float32 [T, width]; goes to the devices of the first row.
+        Returns: one answer per device, in device order.
+        Raises: WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
+        """
+        assert self._request is not None
+        plan = self._request.plan
+        first_group = plan.group(0)
+        used = plan.used_devices()
+        for index in used:
+            tensors = [embeddings] if embeddings is not None and index in first_group else []
+            self._links[plan.devices[index]].channel.send(step, tensors)
+        return self._gather([plan.devices[i] for i in used], step.step_id)
+
+    def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
+        """The full logits of the last step, one answer per device of the output head."""
+        assert self._request is not None
+        plan = self._request.plan
+        devices = [plan.devices[i] for i in plan.group(plan.shape.head_row)]
+        for device in devices:
+            self._links[device].channel.send(
+                m.FetchLogits(epoch=self._request.epoch, step_id=step_id)
+            )
+        return self._gather(devices, step_id)
+
+    def check(self) -> None:
+        """While idle: raise if a runner of the plan was lost."""
+        if self._request is not None:
+            for _device, received in self._receive(0):
+                logger.debug("late %s", type(received).__name__)
+
+    def abort(self) -> None:
+        """Give the plan up; runners that wait for a lost one wake."""
+        if self._request is None:
+            return
+        for link in self._links.values():
+            try:
+                link.channel.send(m.Abort(epoch=self._request.epoch))
+            except WorkerLost as error:
+                logger.info("%s: %s", link.address.device, error)
+        self._request = None
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._wake_sender.close(linger=0)
+        self._wake_receiver.close(linger=0)
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _connect(self, runners: Sequence[RunnerAddress]) -> None:
+        wanted = {runner.device: runner for runner in runners}
+        for device, link in list(self._links.items()):
+            if wanted.get(device) != link.address:
+                self._poller.unregister(link.channel.socket)
+                self._poller.unregister(link.monitor)
+                link.close()
+                del self._links[device]
+        for device, address in wanted.items():
+            if device not in self._links:
+                link = _Link(self._context, self._keys, address)
+                self._links[device] = link
+                self._poller.register(link.channel.socket, zmq.POLLIN)
+                self._poller.register(link.monitor, zmq.POLLIN)
+        self._lost.clear()
+
+    def _receive(self, timeout_seconds: float) -> list[tuple[str, Any]]:
+        """Messages that are there, after waiting for the first.
+
+        Raises: WorkerLost: a runner of the plan ended or fell silent.
+        """
+        ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
+        if self._wake_receiver in ready:
+            while self._wake_receiver.poll(0):
+                self._wake_receiver.recv()
+        while self._lost:
+            device, cause = self._lost.popleft()
+            if device in self._links:
+                raise self._lost_error(device, cause)
+        messages: list[tuple[str, Any]] = []
+        for device, link in self._links.items():
+            if link.channel.socket in ready:
+                try:
+                    received = link.channel.receive(0)
+                except ProtocolError as error:
+                    raise ProtocolError(f"{device}: {error}") from error
+                if received is not None:
+                    messages.append((device, received))
+            if link.monitor in ready and link.is_disconnected():
+                # The worker knows the cause, a moment later.
+                cause = self._wait_for_cause(device)
+                raise self._lost_error(device, cause)
+        return messages
+
+    def _wait_for_cause(self, device: str) -> str:
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            for lost, cause in list(self._lost):
+                if lost == device:
+                    return cause
+            self._wake_receiver.poll(50)
+        return "it no longer answers (frozen, or its connection is cut)"
+
+    def _lost_error(self, device: str, cause: str) -> WorkerLost:
+        rows = "nothing"
+        if self._request is not None and device in self._request.plan.devices:
+            plan = self._request.plan
+            rows = describe_rows(plan, plan.devices.index(device))
+        return WorkerLost(
+            f"{device}, which computes {rows}, was lost: {cause}. Apply the plan again, or choose "
+            "one without it"
+        )
+
+    def _gather(self, devices: list[str], step_id: int) -> list[DeviceAnswer]:
+        assert self._request is not None
+        plan, epoch = self._request.plan, self._request.epoch
+        answers: dict[str, DeviceAnswer] = {}
+        deadline = time.monotonic() + STEP_SECONDS
+        try:
+            while len(answers) < len(devices):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    silent = next(d for d in devices if d not in answers)
+                    raise self._lost_error(silent, f"no answer in {STEP_SECONDS:.0f} s")
+                for device, received in self._receive(min(remaining, 1.0)):
+                    message = received.message
+                    if isinstance(message, m.Failed) and message.epoch == epoch:
+                        error = error_by_name(message.error, f"{device}: {message.message}")
+                        raise error
+                    if isinstance(message, m.StepAnswer) and (message.epoch, message.step_id) == (
+                        epoch,
+                        step_id,
+                    ):
+                        answers[device] = DeviceAnswer(
+                            plan.devices.index(device), message, received.tensors
+                        )
+        except EngineError:
+            self.abort()
+            raise
+        return [answers[device] for device in devices]
+
+    def _take_load_message(
+        self,
+        device: str,
+        received: Any,
+        request: LoadRequest,
+        loaded: dict[str, int],
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        message = received.message
+        if message.epoch != request.epoch:
+            return
+        if isinstance(message, m.WeightRequest):
+            data = _read_slice(request, message)
+            answer = m.WeightSlice(
+                epoch=message.epoch,
+                name=message.name,
+                axis=message.axis,
+                start=message.start,
+                end=message.end,
+            )
+            self._links[device].channel.send(answer, [data])
+        elif isinstance(message, m.LoadProgress):
+            on_progress(device, message.done_bytes, message.total_bytes)
+        elif isinstance(message, m.Loaded):
+            loaded[device] = message.weight_bytes
+        elif isinstance(message, m.Failed):
+            raise error_by_name(message.error, f"{device}: {message.message}")
+
+
+def _read_slice(request: LoadRequest, wanted: m.WeightRequest) -> m.Array:
+    """A slice for a runner, after checking that it lies inside its tensor."""
+    info = next((t for t in request.tensors if t.name == wanted.name), None)
+    if info is None:
+        raise ProtocolError(f"a runner asked for the unknown tensor {wanted.name!r}")
+    is_inside = (
+        0 <= wanted.axis < len(info.shape)
+        and 0 <= wanted.start < wanted.end <= info.shape[wanted.axis]
+    )
+    if not is_inside:
+        raise ProtocolError(
+            f"a runner asked for {wanted.start}-{wanted.end} along axis {wanted.axis} of "
+            f"{wanted.name} {list(info.shape)}"
+        )
+    data = request.source.read_slice(wanted.name, wanted.axis, wanted.start, wanted.end)
+    return np.ascontiguousarray(data).reshape(-1)

@@ -1,0 +1,55 @@
+"""The one line that lets an engine host in: where a worker listens, its key, and a key to come with.
+
+Made anew at each start of a worker and good for as long as it runs. Whoever has the line may use
+the worker, so it is shown to the person at the worker's terminal and sent nowhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import msgspec
+
+from engine.cluster.security import KeyPair
+from engine.errors import PeerRefused
+
+PREFIX = "shardmix1-"
+
+
+class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the line holds.
+
+    Attributes:
+        endpoint: the worker's control socket, "tcp://ADDRESS:PORT".
+        public_key: the worker's.
+        guest: the key pair the engine host uses with this worker.
+    """
+
+    name: str
+    endpoint: str
+    public_key: bytes
+    guest: KeyPair
+
+    def encode(self) -> str:
+        """The line."""
+        raw = base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode("ascii")
+        return PREFIX + raw.rstrip("=")
+
+
+def decode_token(line: str) -> JoinToken:
+    """Read a line made by `JoinToken.encode`.
+
+    Raises: PeerRefused: it is not one.
+    """
+    text = line.strip()
+    try:
+        if not text.startswith(PREFIX):
+            raise ValueError
+        raw = base64.urlsafe_b64decode(text[len(PREFIX) :] + "=" * (-len(text) % 4 + 2))
+        return msgspec.msgpack.decode(raw, type=JoinToken)
+    except (ValueError, binascii.Error, msgspec.DecodeError):
+        raise PeerRefused(
+            f"{text[:20]!r}… is not a join token ({PREFIX}…); copy the whole line that "
+            "`shardmix-worker run` prints on the other computer"
+        ) from None

@@ -1,0 +1,410 @@
+"""What nodes say to each other, and the one binary form they say it in.
+
+In: typed frozen structs and numpy arrays. Out: a msgpack header frame, then one raw frame per
+tensor. `array_like` structs leave no room for unknown or repeated fields; the header states each
+tensor's dtype and shape, and the receiver checks them against what it expects before it uses a
+byte. This module opens no socket and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import PeerRefused, ProtocolError
+from engine.model.batch import ComputeDtype, Segment, StepKind
+from engine.model.config import ModelConfig
+from engine.plan.plan import Plan
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 4 << 20
+MAX_TENSORS = 16
+
+Array = npt.NDArray[Any]
+WireDtype = Literal["float32", "bfloat16", "float16", "uint8", "int64"]
+
+# numpy has no bfloat16; its bits travel as uint16.
+NUMPY_TYPES: dict[str, npt.DTypeLike] = {
+    "float32": np.float32,
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+    "uint8": np.uint8,
+    "int64": np.int64,
+}
+
+
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag=True
+):
+    """Base of everything that crosses a process border."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Dtype and shape of one raw frame."""
+
+    dtype: WireDtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size by unbounded integers; negative dimensions give a number no frame can match."""
+        if any(size < 0 for size in self.shape):
+            return -1
+        return math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.dtype]).itemsize
+
+
+# ---- engine host <-> worker ------------------------------------------------------------------
+
+
+class DeviceInfo(Message):
+    """One CPU or GPU of a node."""
+
+    device: str
+    kind: Literal["cpu", "cuda"]
+    label: str
+    num_cores: int
+    memory_bytes: int
+
+
+class Hello(Message):
+    """First word of the engine host; the worker answers with NodeDescription."""
+
+
+class NodeDescription(Message):
+    """Who a worker is and what it can compute on."""
+
+    name: str
+    host_name: str
+    system: str
+    version: str
+    pid: int
+    devices: tuple[DeviceInfo, ...]
+
+
+class StartRunner(Message):
+    """Start the runner of one device; answered by RunnerStarted or RunnerExited.
+
+    Attributes:
+        listen_address: where the runner's exchange socket listens; "" leaves it to the worker.
+    """
+
+    device: str
+    listen_address: str
+
+
+class RunnerStarted(Message):
+    """Where a new runner listens, and the key it made for this start."""
+
+    device: str
+    pid: int
+    control_endpoint: str
+    exchange_endpoint: str
+    public_key: bytes
+
+
+class StopRunner(Message):
+    """End the runner of one device."""
+
+    device: str
+
+
+class RunnerExited(Message):
+    """A runner ended; `cause` is one line: exit code or signal, and its last words."""
+
+    device: str
+    pid: int
+    cause: str
+
+
+class ProcessUsage(Message):
+    """CPU (100 = one core) and resident memory of one process."""
+
+    role: str
+    pid: int
+    cpu_percent: float
+    memory_bytes: int
+
+
+class Telemetry(Message):
+    """What a node is doing right now; rates are over the time since the last one."""
+
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    network_in_bytes_per_second: float
+    network_out_bytes_per_second: float
+    processes: tuple[ProcessUsage, ...]
+
+
+class Shutdown(Message):
+    """End yourself and everything you started."""
+
+
+# ---- engine host <-> runner ------------------------------------------------------------------
+
+
+class Peer(Message):
+    """A runner of this epoch, as the others need to know it."""
+
+    device_index: int
+    exchange_endpoint: str
+    public_key: bytes
+
+
+class TensorFormatInfo(Message):
+    """Format and shape of one canonical tensor in the engine host's checkpoint."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+
+
+class Load(Message):
+    """Take a share of a plan: fetch its weights, connect to its peers, answer Loaded."""
+
+    epoch: int
+    config: ModelConfig
+    plan: Plan
+    device_index: int
+    dtype: ComputeDtype
+    kv_window: int
+    num_threads: int
+    checkpoint_id: str
+    tensors: tuple[TensorFormatInfo, ...]
+    peers: tuple[Peer, ...]
+
+
+class WeightRequest(Message):
+    """A runner asks for a slice in file format; bounds in elements along `axis`."""
+
+    epoch: int
+    name: str
+    axis: int
+    start: int
+    end: int
+
+
+class WeightSlice(Message):
+    """Answer to WeightRequest; one uint8 frame with the slice in file format."""
+
+    epoch: int
+    name: str
+    axis: int
+    start: int
+    end: int
+
+
+class LoadProgress(Message):
+    """Bytes of weights received so far, in file format."""
+
+    epoch: int
+    done_bytes: int
+    total_bytes: int
+
+
+class Loaded(Message):
+    """The share is ready to compute."""
+
+    epoch: int
+    weight_bytes: int
+
+
+class SlotOperation(Message):
+    """Change to a slot's KV, before the step computes.
+
+    Attributes:
+        action: "free" drops the slot; "truncate" keeps positions below `length`.
+    """
+
+    action: Literal["free", "truncate"]
+    slot: int
+    length: int = 0
+
+
+class LogitsWanted(Message):
+    """How much of the logits an answer carries, for each position that needs them.
+
+    Attributes:
+        form: "top" sends the largest raw logits, log-sum-exp figures and `ids`; "full" all.
+        ids: per logits position, token ids whose raw logits the sampler needs besides.
+        temperatures: per logits position, the temperature of the second log-sum-exp.
+    """
+
+    form: Literal["top", "full"]
+    ids: tuple[tuple[int, ...], ...] = ()
+    temperatures: tuple[float, ...] = ()
+
+
+class Step(Message):
+    """One forward pass of a ragged batch.
+
+    Tensors: float32 [T, width] input embeddings for devices of the first row, else none.
+    """
+
+    epoch: int
+    step_id: int
+    kind: StepKind
+    segments: tuple[Segment, ...]
+    operations: tuple[SlotOperation, ...]
+    logits: LogitsWanted
+
+
+class StepAnswer(Message):
+    """What one device did in a step.
+
+    Tensors, for a device with a share of the head and N positions that need logits:
+        "top": int64 [N, K] ids, float32 [N, K] raw logits, float32 [N, 2] log-sum-exp at
+        temperature 1 and at the request's, then float32 [M] the asked ids of this shard in order.
+        "full": float32 [N, shard rows].
+    """
+
+    epoch: int
+    step_id: int
+    compute_ns: int
+    wait_ns: int
+    serialise_ns: int
+    sent_bytes: int
+    received_bytes: int
+
+
+class FetchLogits(Message):
+    """Ask for the full logits of the last step; answered by a StepAnswer in form "full"."""
+
+    epoch: int
+    step_id: int
+
+
+class Abort(Message):
+    """Give up every step of epochs up to this one; wakes whoever waits in an exchange."""
+
+    epoch: int
+
+
+class Failed(Message):
+    """A request could not be served; `error` is a class name of engine.errors."""
+
+    epoch: int
+    error: str
+    message: str
+
+
+# ---- runner -> runner ------------------------------------------------------------------------
+
+
+class HandOver(Message):
+    """Sent after plan row `row` to a device of the next row.
+
+    Tensors: the partial sum [N, width] in the plan's wire format if `has_partial`, then the
+    residual stream float32 [N, width] if `has_residual`.
+    """
+
+    epoch: int
+    step_id: int
+    row: int
+    device_index: int
+    has_partial: bool
+    has_residual: bool
+
+
+WORKER_ACCEPTS = Hello | StartRunner | StopRunner | Shutdown
+WORKER_SENDS = NodeDescription | RunnerStarted | RunnerExited | Telemetry | Failed
+RUNNER_ACCEPTS = Load | WeightSlice | Step | FetchLogits | Abort | Failed | Shutdown
+RUNNER_SENDS = WeightRequest | LoadProgress | Loaded | StepAnswer | Failed
+
+M = TypeVar("M")
+
+
+class Codec(Generic[M]):
+    """Encodes any message; decodes only the union it was made for."""
+
+    def __init__(self, accepted: Any) -> None:
+        """Args: accepted: a struct type or a union of them."""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(tuple[int, accepted, tuple[TensorSpec, ...]])
+
+    def encode(self, message: Message, tensors: Sequence[Array] = ()) -> list[Any]:
+        """Header frame, then one buffer per tensor.
+
+        Args:
+            tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
+        """
+        specs = tuple(
+            TensorSpec("bfloat16" if a.dtype == np.uint16 else a.dtype.name, a.shape)  # type: ignore[arg-type]
+            for a in tensors
+        )
+        return [self._encoder.encode((PROTOCOL_VERSION, message, specs)), *tensors]
+
+    def decode(self, frames: Sequence[Any]) -> tuple[M, list[Array]]:
+        """The message and its tensors as read-only views of the frames.
+
+        Raises:
+            ProtocolError: the frames are not a message this end accepts.
+            PeerRefused: the peer speaks another protocol version.
+        """
+        if not frames:
+            raise ProtocolError("a message without frames")
+        header = memoryview(frames[0])
+        if header.nbytes > MAX_HEADER_BYTES:
+            raise ProtocolError(
+                f"header of {header.nbytes:,} bytes exceeds the limit of {MAX_HEADER_BYTES:,}"
+            )
+        try:
+            version, message, specs = self._decoder.decode(header)
+        except (msgspec.DecodeError, RecursionError) as error:
+            self._refuse_other_version(header)
+            first = header[:2].hex(" ")
+            raise ProtocolError(
+                f"part 0 is not a known message (first bytes {first}): {error}"
+            ) from error
+        if version != PROTOCOL_VERSION:
+            self._refuse_other_version(header)
+        if len(specs) != len(frames) - 1 or len(specs) > MAX_TENSORS:
+            raise ProtocolError(
+                f"{type(message).__name__} announces {len(specs)} tensors and brings "
+                f"{len(frames) - 1} (at most {MAX_TENSORS})"
+            )
+        tensors = [read_tensor(s, f) for s, f in zip(specs, frames[1:], strict=True)]
+        return message, tensors
+
+    @staticmethod
+    def _refuse_other_version(header: memoryview) -> None:
+        try:
+            version = msgspec.msgpack.decode(header)[0]
+        except (msgspec.DecodeError, RecursionError, TypeError, IndexError, KeyError):
+            return
+        if isinstance(version, int) and version != PROTOCOL_VERSION:
+            raise PeerRefused(
+                f"the peer speaks protocol version {version}, this end {PROTOCOL_VERSION}: "
+                "install the same version of shardmix on both"
+            )
+
+
+def read_tensor(spec: TensorSpec, frame: Any) -> Array:
+    """View a raw frame as the array its spec announces.
+
+    Raises: ProtocolError: the frame's size is not what dtype and shape say.
+    """
+    view = memoryview(frame)
+    if spec.num_bytes != view.nbytes:
+        raise ProtocolError(
+            f"tensor says {list(spec.shape)} {spec.dtype} = {spec.num_bytes:,} bytes, "
+            f"part has {view.nbytes:,}"
+        )
+    return np.frombuffer(view, dtype=NUMPY_TYPES[spec.dtype]).reshape(spec.shape)
+
+
+def expect_tensor(array: Array, dtype: str, shape: tuple[int, ...], what: str) -> Array:
+    """Return `array` if it is what this end expects.
+
+    Raises: ProtocolError: names `what`, the dtype and shape found, and those expected.
+    """
+    if array.shape != shape or array.dtype != np.dtype(NUMPY_TYPES[dtype]):
+        raise ProtocolError(
+            f"{what} is {array.dtype.name} {list(array.shape)}, expected {dtype} {list(shape)}"
+        )
+    return array

@@ -1,0 +1,449 @@
+"""The process that computes on one device: `python -m engine.cluster.runner shardmix-runner DEVICE`.
+
+In: messages of one engine host (load a share, compute a step) and hand-overs of its peers. Out:
+answers. It is started by a worker, trusts the keys it is told, and ends with its worker.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+
+from engine.cluster import messages as m
+from engine.cluster.exchange import Exchange
+from engine.cluster.loading import Loader
+from engine.cluster.processes import answer_address, end_with_parent, read_greeting
+from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
+from engine.cluster.transport import Channel, connect, listen, new_local_endpoint
+from engine.errors import EngineError, ProtocolError
+from engine.kernels.matrices import Matrix
+from engine.model.shard import ModelShard, WeightKey
+
+logger = logging.getLogger(__name__)
+
+TOP_LOGITS = 256
+MAX_STEP_TOKENS = 1 << 16
+
+
+class _AbortedError(Exception):
+    """The engine host gave the step up."""
+
+
+class Runner:
+    """Sockets and state of the process; everything happens in one thread."""
+
+    def __init__(
+        self, device: str, host_key: bytes, control_endpoint: str, exchange_endpoint: str
+    ) -> None:
+        """Listen.
+
+        Args:
+            device: name, such as "this/cpu" or "laptop/cuda0".
+            host_key: public key of the engine host.
+            exchange_endpoint: where peers of the plan connect.
+        """
+        self.device = device
+        kind = device.rpartition("/")[2]
+        self._torch_device = torch.device(
+            "cpu" if kind == "cpu" else f"cuda:{kind.removeprefix('cuda')}"
+        )
+        self.keys: KeyPair = new_key_pair()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._gatekeeper = Gatekeeper(self._context)
+        self._gatekeeper.allow("control", host_key)
+        control, self.control_endpoint = listen(
+            self._context, zmq.ROUTER, self.keys, "control", control_endpoint
+        )
+        inbox, self.exchange_endpoint = listen(
+            self._context, zmq.PULL, self.keys, "exchange", exchange_endpoint
+        )
+        self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
+        self._inbox: Channel[m.HandOver] = Channel(inbox, m.HandOver)
+        self._poller = zmq.Poller()
+        self._poller.register(control, zmq.POLLIN)
+        self._poller.register(inbox, zmq.POLLIN)
+        self._pending: collections.deque[tuple[m.Message, list[m.Array]]] = collections.deque()
+        self._route = b""
+        self._should_end = threading.Event()
+        self._shard: ModelShard | None = None
+        self._loaded: m.Load | None = None
+        self._exchange: Exchange | None = None
+        self._packed: dict[WeightKey, Matrix | torch.Tensor] = {}
+        self._packed_for: tuple[str, str] = ("", "")
+        self._epoch = 0
+        self._aborted_epoch = 0
+        self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
+        self._last_logits: torch.Tensor | None = None
+
+    def end_soon(self) -> None:
+        """Ask the loop to end; any thread."""
+        self._should_end.set()
+
+    def run(self) -> None:
+        """Serve until asked to end."""
+        while not self._should_end.is_set():
+            try:
+                received = self._next(0.25)
+            except EngineError as error:
+                self._fail(error)
+                continue
+            if received is None:
+                continue
+            message, tensors = received
+            if isinstance(message, m.Shutdown):
+                return
+            try:
+                self._handle(message, tensors)
+            except _AbortedError:
+                logger.info("step given up")
+            except EngineError as error:
+                self._fail(error)
+            except torch.OutOfMemoryError as error:
+                self._fail(EngineError(f"out of memory on {self.device}: {error}"))
+
+    def close(self) -> None:
+        """Release sockets."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._control.close()
+        self._inbox.close()
+        self._gatekeeper.close()
+        self._context.term()
+
+    # ---- messages ----------------------------------------------------------------------------
+
+    def _next(self, timeout_seconds: float) -> tuple[m.Message, list[m.Array]] | None:
+        if self._pending:
+            return self._pending.popleft()
+        received = self._control.receive(int(timeout_seconds * 1000))
+        if received is None:
+            return None
+        self._route = received.route
+        return received.message, received.tensors
+
+    def _send(self, message: m.Message, tensors: list[m.Array] | None = None) -> None:
+        self._control.send(message, tensors or [], self._route)
+
+    def _fail(self, error: EngineError) -> None:
+        logger.warning("%s: %s", type(error).__name__, error)
+        self._send(
+            m.Failed(epoch=self._epoch, error=type(error).__name__, message=str(error))
+        )
+
+    def _handle(self, message: m.Message, tensors: list[m.Array]) -> None:
+        if isinstance(message, m.Load):
+            self._load(message)
+        elif isinstance(message, m.Step):
+            self._step(message, tensors)
+        elif isinstance(message, m.FetchLogits):
+            self._fetch_logits(message)
+        elif isinstance(message, m.Abort):
+            self._aborted_epoch = max(self._aborted_epoch, message.epoch)
+        elif isinstance(message, m.WeightSlice):
+            pass  # Asked for by a load that failed since.
+        else:
+            raise ProtocolError(f"unexpected {type(message).__name__} for an idle runner")
+
+    def _wait(self, timeout_seconds: float) -> None:
+        """While waiting for peers: hear the engine host, and give up when it says so."""
+        ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
+        if self._should_end.is_set():
+            raise _AbortedError
+        if self._control.socket not in ready:
+            return
+        received = self._control.receive(0)
+        if received is None:
+            return
+        if isinstance(received.message, m.Abort):
+            self._aborted_epoch = max(self._aborted_epoch, received.message.epoch)
+            if received.message.epoch >= self._epoch:
+                raise _AbortedError
+        elif isinstance(received.message, m.Shutdown):
+            self._should_end.set()
+            raise _AbortedError
+        else:
+            self._pending.append((received.message, received.tensors))
+
+    # ---- load --------------------------------------------------------------------------------
+
+    def _load(self, load: m.Load) -> None:
+        load.config.validate()
+        load.plan.validate()
+        if not 0 <= load.device_index < len(load.plan.devices):
+            raise ProtocolError(f"device {load.device_index} is not in the plan")
+        torch.set_num_threads(max(1, load.num_threads))
+        self._epoch = load.epoch
+        self._shard = self._loaded = None
+        self._gatekeeper.allow("exchange", *(peer.public_key for peer in load.peers))
+        self._last_answer = self._last_logits = None
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+        shard = ModelShard(
+            load.config,
+            load.plan,
+            load.device_index,
+            load.dtype,
+            load.kv_window,
+            self._torch_device,
+        )
+        packed_for = (load.checkpoint_id, load.dtype)
+        if packed_for != self._packed_for:
+            self._packed = {}
+        self._packed_for = packed_for
+        loader = Loader(load, shard, self._packed, self._torch_device)
+        # What the old plan alone needed is dropped before the new weights come in.
+        self._packed = loader.store.packed
+        for request in loader.first_requests():
+            self._send(request)
+        while not loader.is_complete:
+            received = self._next(0.25)
+            if self._should_end.is_set():
+                return
+            if received is None:
+                continue
+            message, tensors = received
+            if isinstance(message, m.WeightSlice):
+                for reply in loader.take_slice(message, tensors):
+                    self._send(reply)
+            elif isinstance(message, m.Abort):
+                raise _AbortedError
+            elif isinstance(message, m.Failed):
+                raise ProtocolError(message.message)
+            elif isinstance(message, m.Shutdown):
+                self._should_end.set()
+                return
+            else:
+                raise ProtocolError(f"unexpected {type(message).__name__} while loading")
+        shard.take(loader.store.packed)
+        self._shard, self._loaded = shard, load
+        self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
+
+    def _connected(self, load: m.Load) -> Exchange:
+        """The exchange of this epoch.
+
+        Connections are made at the first step: by then every peer has the allow list of this
+        epoch, because the engine host has heard Loaded from all of them. A peer that refuses once
+        is not asked again by libzmq.
+        """
+        if self._exchange is not None:
+            return self._exchange
+        outboxes: dict[int, Channel[Any]] = {}
+        for peer in load.peers:
+            socket = connect(
+                self._context, zmq.PUSH, self.keys, peer.public_key, peer.exchange_endpoint
+            )
+            outboxes[peer.device_index] = Channel(socket, m.HandOver)
+        self._exchange = Exchange(
+            load.epoch,
+            load.plan,
+            load.device_index,
+            load.config.width,
+            self._inbox,
+            outboxes,
+            self._wait,
+        )
+        return self._exchange
+
+    # ---- step --------------------------------------------------------------------------------
+
+    def _step(self, step: m.Step, tensors: list[m.Array]) -> None:
+        if step.epoch <= self._aborted_epoch:
+            return
+        shard, loaded = self._shard, self._loaded
+        if shard is None or loaded is None or step.epoch != self._epoch:
+            raise ProtocolError(f"step of epoch {step.epoch}, loaded is epoch {self._epoch}")
+        if self._last_answer is not None and step.step_id <= self._last_answer[0]:
+            if step.step_id == self._last_answer[0]:  # Asked again: the answer was lost.
+                self._send(self._last_answer[1], self._last_answer[2])
+                return
+            raise ProtocolError(f"step {step.step_id} is past, the last was {self._last_answer[0]}")
+        exchange = self._connected(loaded)
+        exchange.begin_step(step.step_id)
+        for operation in step.operations:
+            if operation.action == "free":
+                shard.cache.free(operation.slot)
+            else:
+                shard.cache.truncate(operation.slot, operation.length)
+        with torch.inference_mode():
+            answer_tensors = self._compute(step, tensors, shard, exchange)
+        c = exchange.counters
+        answer = m.StepAnswer(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            compute_ns=c.compute_ns,
+            wait_ns=c.wait_ns,
+            serialise_ns=c.serialise_ns,
+            sent_bytes=c.sent_bytes,
+            received_bytes=c.received_bytes,
+        )
+        self._last_answer = (step.step_id, answer, answer_tensors)
+        self._send(answer, answer_tensors)
+
+    def _compute(
+        self, step: m.Step, tensors: list[m.Array], shard: ModelShard, exchange: Exchange
+    ) -> list[m.Array]:
+        if not step.segments:
+            return []
+        plan, counters = shard.plan, exchange.counters
+        num_tokens = _check_segments(step, shard)
+        logit_rows = _logit_rows(step.segments)
+        me = exchange.device_index
+        x: torch.Tensor | None = None
+        if me in plan.group(0):
+            if len(tensors) != 1:
+                raise ProtocolError("a step for the first row needs its input embeddings")
+            m.expect_tensor(
+                tensors[0], "float32", (num_tokens, shard.config.width), "input embeddings"
+            )
+            x = self._to_device(tensors[0])
+        batch = shard.batch(step.kind, step.segments)
+        last_row = plan.shape.head_row - 1
+        rows = num_tokens
+        for row in range(plan.shape.head_row):
+            table = exchange.row(row)
+            partial: torch.Tensor | None = None
+            if table.contributes:
+                assert x is not None
+                started = time.perf_counter_ns()
+                partial = shard.part(row, x, batch)
+                if row == last_row:
+                    x, partial = x[logit_rows], partial[logit_rows]
+                counters.compute_ns += time.perf_counter_ns() - started
+            if row == last_row:
+                rows = len(logit_rows)
+                if not rows:
+                    return []
+            if table.is_local and table.contributes:
+                assert x is not None
+                assert partial is not None
+                x = x + partial
+            elif table.contributes or table.receives:
+                handed = exchange.hand_over(
+                    step.step_id,
+                    row,
+                    None if x is None else x.cpu().numpy(),
+                    None if partial is None else partial.cpu().numpy(),
+                    rows,
+                )
+                x = None if handed is None else self._to_device(handed)
+        if x is None:
+            return []
+        started = time.perf_counter_ns()
+        self._last_logits = shard.logits(x)
+        answer = self._answer_tensors(step.logits, self._last_logits)
+        counters.compute_ns += time.perf_counter_ns() - started
+        return answer
+
+    def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
+        shard = self._shard
+        assert shard is not None
+        if wanted.form == "full":
+            return [logits_NV.float().cpu().numpy()]
+        first, end = shard.plan.unit_range(shard.plan.shape.head_row, self._index)
+        count = logits_NV.shape[0]
+        if len(wanted.ids) != count or len(wanted.temperatures) != count:
+            raise ProtocolError(
+                f"{count} positions need logits, the step names {len(wanted.ids)} id lists and "
+                f"{len(wanted.temperatures)} temperatures"
+            )
+        if any(t < 0 for t in wanted.temperatures):
+            raise ProtocolError("a temperature is negative")
+        values, ids = torch.topk(logits_NV, min(TOP_LOGITS, logits_NV.shape[1]), dim=-1)
+        log_sums = torch.empty(count, 2, dtype=torch.float64)
+        for n, temperature in enumerate(wanted.temperatures):
+            row = logits_NV[n].double()
+            log_sums[n, 0] = torch.logsumexp(row, 0)
+            same = temperature in (0.0, 1.0)
+            log_sums[n, 1] = log_sums[n, 0] if same else torch.logsumexp(row / temperature, 0)
+        asked = [
+            logits_NV[n, i - first]
+            for n, asked_ids in enumerate(wanted.ids)
+            for i in asked_ids
+            if first <= i < end
+        ]
+        asked_values = torch.stack(asked) if asked else logits_NV.new_empty(0)
+        return [
+            (ids + first).cpu().numpy(),
+            values.float().cpu().numpy(),
+            log_sums.float().numpy(),
+            asked_values.float().cpu().numpy(),
+        ]
+
+    def _fetch_logits(self, message: m.FetchLogits) -> None:
+        last = self._last_answer
+        if last is None or last[0] != message.step_id or self._last_logits is None:
+            raise ProtocolError(f"the logits of step {message.step_id} are gone")
+        self._send(last[1], [self._last_logits.float().cpu().numpy()])
+
+    @property
+    def _index(self) -> int:
+        assert self._exchange is not None
+        return self._exchange.device_index
+
+    def _to_device(self, array: m.Array) -> torch.Tensor:
+        # A frame is read-only; torch wants memory of its own.
+        writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
+        return torch.from_numpy(writable).to(self._torch_device)
+
+
+def _check_segments(step: m.Step, shard: ModelShard) -> int:
+    """Tokens of a step, after checking each segment against the rules."""
+    seen: set[int] = set()
+    for segment in step.segments:
+        if segment.slot in seen:
+            raise ProtocolError(f"slot {segment.slot} appears twice in a step")
+        seen.add(segment.slot)
+        if segment.token_count < 1 or segment.first_position < 0:
+            raise ProtocolError(
+                f"slot {segment.slot}: {segment.token_count} tokens at position "
+                f"{segment.first_position}"
+            )
+        if any(not 0 <= offset < segment.token_count for offset in segment.logit_offsets):
+            raise ProtocolError(f"slot {segment.slot}: a logits offset is outside the segment")
+    num_tokens = sum(segment.token_count for segment in step.segments)
+    if num_tokens > MAX_STEP_TOKENS:
+        raise ProtocolError(f"a step of {num_tokens:,} tokens exceeds {MAX_STEP_TOKENS:,}")
+    return num_tokens
+
+
+def _logit_rows(segments: tuple[m.Segment, ...]) -> list[int]:
+    """Rows of a step's batch whose logits are wanted."""
+    rows: list[int] = []
+    start = 0
+    for segment in segments:
+        rows += [start + offset for offset in segment.logit_offsets]
+        start += segment.token_count
+    return rows
+
+
+def main() -> None:
+    """Entry of the process; the arguments only make it recognisable."""
+    logging.basicConfig(level=os.environ.get("SHARDMIX_LOG", "WARNING"), format="%(message)s")
+    greeting = read_greeting()
+    settings = greeting.settings
+    runner = Runner(
+        sys.argv[2],
+        greeting.parent_key.encode("ascii"),
+        str(settings.get("control_endpoint") or new_local_endpoint()),
+        str(settings["exchange_endpoint"]),
+    )
+    end_with_parent(runner.end_soon)
+    answer_address([runner.control_endpoint, runner.exchange_endpoint], runner.keys.public)
+    try:
+        runner.run()
+    finally:
+        runner.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Sockets between processes: ZeroMQ with CURVE, heartbeats, size limits, and no lingering.
+
+In: endpoints and keys. Out: a `Channel` that sends and receives typed messages with tensors. What
+a message means is not decided here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import zmq
+
+from engine.cluster.messages import Array, Codec, Message
+from engine.cluster.security import KeyPair
+from engine.errors import ProtocolError, WorkerLost
+
+MAX_MESSAGE_BYTES = 256 << 20
+HEARTBEAT_MS = 1000
+# A frozen process answers no heartbeat: its libzmq threads stop with it. A slow one answers,
+# because those threads do not compute.
+HEARTBEAT_TIMEOUT_MS = 3500
+HANDSHAKE_MS = 5000
+
+M = TypeVar("M")
+
+
+class Received(NamedTuple, Generic[M]):
+    """A decoded message, its tensors (read-only views), and the route back on a ROUTER."""
+
+    message: M
+    tensors: list[Array]
+    route: bytes
+
+
+def new_local_endpoint() -> str:
+    """An endpoint only this computer can reach, never used before.
+
+    Linux has names outside the file system, which vanish with their process; other Unixes get a
+    file in a private folder; Windows a loopback port.
+    """
+    name = f"shardmix-{uuid.uuid4().hex}"
+    if sys.platform == "linux":
+        return f"ipc://@{name}"
+    if os.name == "nt":
+        return "tcp://127.0.0.1:*"
+    return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
+
+
+def _prepare(socket: zmq.Socket[Any]) -> None:
+    socket.linger = 0
+    socket.sndhwm = 1000
+    socket.rcvhwm = 1000
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+
+
+def listen(
+    context: zmq.Context[Any], kind: int, keys: KeyPair, domain: str, endpoint: str
+) -> tuple[zmq.Socket[Any], str]:
+    """Bind a socket that lets in the peers on the gatekeeper's list for `domain`.
+
+    Args:
+        endpoint: "ipc://…", or "tcp://ADDRESS:PORT" where PORT may be "*" or "FIRST-LAST".
+    Returns: the socket and the endpoint it got.
+    Raises: ProtocolError: the address is taken or is not one.
+    """
+    socket = context.socket(kind)
+    _prepare(socket)
+    socket.curve_server = True  # Must be set before bind.
+    socket.curve_secretkey = keys.secret
+    socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    reason = "no port in the range"
+    for candidate in _port_range(endpoint):
+        try:
+            socket.bind(candidate)
+        except zmq.ZMQError as error:
+            reason = str(error.strerror)
+        else:
+            return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    socket.close(linger=0)
+    raise ProtocolError(
+        f"cannot listen on {endpoint}: {reason}. Choose another port, or end the program that "
+        "holds it"
+    )
+
+
+def _port_range(endpoint: str) -> list[str]:
+    """Endpoints to try, in order."""
+    found = re.fullmatch(r"(tcp://.+:)(\d+)-(\d+)", endpoint)
+    if found is None:
+        return [endpoint]
+    return [f"{found[1]}{port}" for port in range(int(found[2]), int(found[3]) + 1)]
+
+
+def connect(
+    context: zmq.Context[Any], kind: int, keys: KeyPair, server_key: bytes, endpoint: str
+) -> zmq.Socket[Any]:
+    """Connect to a listening socket whose public key is known.
+
+    Raises: ProtocolError: the endpoint is not one.
+    """
+    socket = context.socket(kind)
+    _prepare(socket)
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
+    socket.curve_serverkey = server_key
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise ProtocolError(f"cannot connect to {endpoint!r}: {error.strerror}") from error
+    return socket
+
+
+class Channel(Generic[M]):
+    """Typed messages over one socket; not for use by two threads at once."""
+
+    def __init__(self, socket: zmq.Socket[Any], accepted: Any) -> None:
+        """Args: accepted: the union of messages this end takes."""
+        self.socket = socket
+        self._codec: Codec[M] = Codec(accepted)
+        self._is_router = socket.socket_type == zmq.ROUTER
+
+    def send(self, message: Message, tensors: Sequence[Array] = (), route: bytes = b"") -> int:
+        """Queue a message.
+
+        Args:
+            route: on a ROUTER, whom to send to.
+        Returns: bytes of all frames, the route not counted.
+        Raises: WorkerLost: the peer has read nothing for a thousand messages, or refused us.
+        """
+        frames = self._codec.encode(message, tensors)
+        # Small frames are cheaper to copy than to track.
+        size = len(frames[0]) + sum(a.nbytes for a in tensors)
+        parts = [route, *frames] if self._is_router else frames
+        try:
+            self.socket.send_multipart(parts, zmq.DONTWAIT, copy=size < 65536)
+        except zmq.Again:
+            raise WorkerLost(
+                f"{type(message).__name__} cannot be sent: the other end takes no messages"
+            ) from None
+        return size
+
+    def receive(self, timeout_ms: int = -1) -> Received[M] | None:
+        """The next message, or None when none comes within `timeout_ms`.
+
+        Raises:
+            ProtocolError: the frames are not a message this end takes.
+            PeerRefused: the peer speaks another protocol version.
+        """
+        if timeout_ms != 0 and not self.socket.poll(timeout_ms):
+            return None
+        try:
+            frames = self.socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        route = frames.pop(0) if self._is_router else b""
+        message, tensors = self._codec.decode(frames)
+        return Received(message, tensors, route)
+
+    def close(self) -> None:
+        """Close the socket; what was not sent is dropped."""
+        self.socket.close(linger=0)

@@ -1,0 +1,529 @@
+"""The engine host: hears a window or command line, runs the scheduler, knows the nodes.
+
+In: calls (`engine.host.messages`). Out: events. It never computes layers. Its main thread owns the
+sockets to clients and workers; the scheduler's thread owns those to the runners; opening models
+and preparing prompts happens in a third. Functions cross into the main thread by `_call_soon`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from engine.cluster.coordinator import Coordinator, LoadRequest, RunnerAddress
+from engine.cluster.join_token import decode_token
+from engine.cluster.messages import Array, Message
+from engine.cluster.security import Gatekeeper, new_key_pair
+from engine.cluster.transport import Channel, listen, new_local_endpoint
+from engine.decode.scheduler import Measured, Scheduler
+from engine.decode.sequence import DeviceTotals, Sequence
+from engine.errors import Cancelled, EngineError, PlanError
+from engine.host import messages as api
+from engine.host.nodes import SIMULATED_PREFIX, THIS_NODE, Nodes
+from engine.host.opened_model import OpenedModel
+from engine.plan.plan import Plan, PlanShape
+from engine.weights.models import resolve_model
+
+logger = logging.getLogger(__name__)
+
+NODES_SECONDS = 1.0
+BUSY_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class _Apply:
+    """A plan on its way into force."""
+
+    request_id: int
+    route: bytes
+    plan: Plan
+    is_loading: bool = False
+
+
+@dataclass(slots=True)
+class _Calls:
+    """Who asked for what; requests that have not ended."""
+
+    routes: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    cancelled: set[int] = field(default_factory=set[int])
+
+
+class EngineHost:
+    """See the module."""
+
+    def __init__(self, client_key: bytes) -> None:
+        """Listen for one client, and start this computer's worker."""
+        self.keys = new_key_pair()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._gatekeeper = Gatekeeper(self._context)
+        self._gatekeeper.allow("client", client_key)
+        socket, self.endpoint = listen(
+            self._context, zmq.ROUTER, self.keys, "client", new_local_endpoint()
+        )
+        self._client: Channel[Any] = Channel(socket, api.CALLS)
+        self._routes: set[bytes] = set()
+        self._soon: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_lock = threading.Lock()
+        self._wake_receiver = self._context.socket(zmq.PULL)
+        self._wake_receiver.bind("inproc://host-wake")
+        self._wake_sender = self._context.socket(zmq.PUSH)
+        self._wake_sender.connect("inproc://host-wake")
+        self._should_end = False
+        self._calls = _Calls()
+        self._model: OpenedModel | None = None
+        self._num_threads: int | None = None
+        self._epoch = 0
+        self._plan: Plan | None = None
+        self._apply: _Apply | None = None
+        self._busy_until = 0.0
+        self._nodes_at = 0.0
+        self._text_pool = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self.scheduler = Scheduler(lambda: Coordinator(self._context, self.keys), self)
+        self._nodes = Nodes(
+            self._context, self.keys, self._call_soon, self._on_nodes, self._on_runner_lost
+        )
+        self._nodes.start_local(THIS_NODE)
+
+    def end_soon(self) -> None:
+        """Ask the main loop to end; any thread."""
+        self._should_end = True
+        self._call_soon(lambda: None)
+
+    def run(self) -> None:
+        """Serve until asked to end."""
+        while not self._should_end:
+            poller = zmq.Poller()
+            for socket in (self._client.socket, self._wake_receiver, *self._nodes.sockets()):
+                poller.register(socket, zmq.POLLIN)
+            ready = dict(poller.poll(250))
+            if self._wake_receiver in ready:
+                while self._wake_receiver.poll(0):
+                    self._wake_receiver.recv()
+            while not self._soon.empty():
+                self._soon.get()()
+            if self._client.socket in ready:
+                self._hear_clients()
+            if self._nodes.hear() or time.monotonic() - self._nodes_at > NODES_SECONDS:
+                self._send_nodes()
+
+    def close(self) -> None:
+        """End everything this host started."""
+        self.scheduler.close()
+        self._nodes.close()
+        self._text_pool.shutdown(wait=False, cancel_futures=True)
+        if self._model is not None:
+            self._model.close()
+        self._client.close()
+        with self._wake_lock:
+            self._wake_sender.close(linger=0)
+        self._wake_receiver.close(linger=0)
+        self._gatekeeper.close()
+
+    # ---- main thread: clients ----------------------------------------------------------------
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        self._soon.put(function)
+        with self._wake_lock:
+            if not self._wake_sender.closed:
+                self._wake_sender.send(b"")
+
+    def _hear_clients(self) -> None:
+        while True:
+            try:
+                received = self._client.receive(0)
+            except EngineError as error:
+                logger.warning("a client: %s", error)
+                continue
+            if received is None:
+                return
+            call, route = received.message, received.route
+            if route not in self._routes:
+                self._routes.add(route)
+                self._send_nodes()
+            if isinstance(call, api.Cancel):
+                self._cancel(call.request_id)
+                continue
+            self._calls.routes[call.request_id] = route
+            try:
+                self._serve(call, route)
+            except EngineError as error:
+                self._fail(call.request_id, error)
+
+    def _serve(self, call: Any, route: bytes) -> None:
+        if isinstance(call, api.OpenModel):
+            self._text_pool.submit(self._guard, call.request_id, self._open_model, call)
+        elif isinstance(call, api.AddSimulatedNodes):
+            self._nodes.start_simulated(call.count)
+            self._end(call.request_id, api.Done(request_id=call.request_id))
+        elif isinstance(call, api.AddNode):
+            self._nodes.join(decode_token(call.token))
+            self._end(call.request_id, api.Done(request_id=call.request_id))
+        elif isinstance(call, api.ApplyPlan):
+            self._begin_apply(call, route)
+        else:
+            if self._model is None:
+                raise PlanError("no model is open; open one first")
+            if self._plan is None and self._apply is None:
+                raise PlanError("no plan is in force; apply one first")
+            self._text_pool.submit(self._guard, call.request_id, self._submit, call)
+
+    def _cancel(self, request_id: int) -> None:
+        if request_id in self._calls.routes:
+            self._calls.cancelled.add(request_id)
+            self.scheduler.cancel(request_id)
+            if self._apply is not None and self._apply.request_id == request_id:
+                if not self._apply.is_loading:
+                    self._apply = None
+                    self._fail(request_id, Cancelled("applying the plan was cancelled"))
+
+    def _send(self, request_id: int, event: Message, tensors: list[Array] | None = None) -> None:
+        route = self._calls.routes.get(request_id)
+        if route is not None:
+            self._client.send(event, tensors or [], route)
+
+    def _end(self, request_id: int, event: Message) -> None:
+        self._send(request_id, event)
+        self._calls.routes.pop(request_id, None)
+        self._calls.cancelled.discard(request_id)
+
+    def _fail(self, request_id: int, error: EngineError) -> None:
+        event = api.CallFailed(
+            request_id=request_id, error=type(error).__name__, message=str(error)
+        )
+        self._end(request_id, event)
+
+    def _broadcast(self, event: Message) -> None:
+        for route in self._routes:
+            self._client.send(event, route=route)
+
+    # ---- text thread -------------------------------------------------------------------------
+
+    def _guard(self, request_id: int, work: Callable[[Any], None], call: Any) -> None:
+        """Run work of the text thread; whatever it raises ends the call, not the thread."""
+        try:
+            work(call)
+        except EngineError as error:
+            failure = error
+            self._call_soon(lambda: self._fail(request_id, failure))
+        except Exception as error:  # noqa: BLE001 - a process border: one call must not end the host
+            logger.exception("while serving %s", type(call).__name__)
+            failure = EngineError(f"{type(call).__name__} failed: {type(error).__name__}: {error}")
+            self._call_soon(lambda: self._fail(request_id, failure))
+
+    def _open_model(self, call: api.OpenModel) -> None:
+        request_id = call.request_id
+        last = 0.0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > 0.1 or done == total:
+                last = now
+                event = api.Progress(
+                    request_id=request_id, phase="fetch", subject="model", done=done, total=total
+                )
+                self._call_soon(lambda: self._send(request_id, event))
+
+        path = resolve_model(
+            call.path, on_progress, cancelled=lambda: request_id in self._calls.cancelled
+        )
+        model = OpenedModel(path, call.dtype, call.kv_window)
+        # Nothing of the old model may be read by the scheduler when its files close.
+        self.scheduler.drop_plan(PlanError("another model was opened")).wait(30)
+        self._call_soon(lambda: self._take_model(model, call))
+
+    def _submit(self, call: Any) -> None:
+        model = self._model
+        assert model is not None
+        request_id = call.request_id
+
+        def on_text(token_id: int, text: str) -> None:
+            event = api.TokensGenerated(request_id=request_id, token_ids=(token_id,), text=text)
+            self._call_soon(lambda: self._send(request_id, event))
+
+        def on_prefill(done: int, total: int) -> None:
+            event = api.Progress(
+                request_id=request_id, phase="prefill", subject="prompt", done=done, total=total
+            )
+            self._call_soon(lambda: self._send(request_id, event))
+
+        if isinstance(call, api.Generate):
+            sequence = model.generation(call, on_text, on_prefill)
+        elif isinstance(call, api.Benchmark):
+            sequence = model.benchmark(call, on_text, on_prefill)
+        else:
+            assert isinstance(call, api.ComputeLogits)
+            sequence = model.logits(call, on_prefill)
+        self.scheduler.submit(sequence)
+        if request_id in self._calls.cancelled:
+            self.scheduler.cancel(request_id)
+
+    # ---- main thread: model and plan ---------------------------------------------------------
+
+    def _take_model(self, model: OpenedModel, call: api.OpenModel) -> None:
+        if self._model is not None:
+            self._model.close()
+        self._model = model
+        self._num_threads = call.num_threads
+        self._plan = None
+        event = api.ModelOpened(
+            request_id=call.request_id,
+            name=model.path.stem if model.path.is_file() else model.path.name,
+            path=str(model.path),
+            config=model.config,
+            dtype=model.dtype,
+            kv_window=model.kv_window,
+            file_bytes=model.file_bytes,
+            warning=model.warning,
+        )
+        self._send(call.request_id, event)
+        self._end(call.request_id, api.Done(request_id=call.request_id))
+
+    def _begin_apply(self, call: api.ApplyPlan, route: bytes) -> None:
+        if self._model is None:
+            raise PlanError("no model is open; open one before applying a plan")
+        if self._apply is not None:
+            raise PlanError("another plan is being applied; wait for it, or cancel it")
+        plan = call.plan.validate()
+        if plan.shape != PlanShape.from_config(self._model.config):
+            raise PlanError(
+                f"the plan is for another model ({plan.shape.num_layers} layers, "
+                f"{plan.shape.num_heads} heads), the open one has {self._model.config.num_layers} "
+                f"layers and {self._model.config.num_heads} heads. Make a plan for it"
+            )
+        for index in plan.used_devices():
+            name = plan.devices[index].rpartition("/")[0]
+            node = self._nodes.get(name)
+            if node is None or node.state == "lost":
+                number = re.fullmatch(re.escape(SIMULATED_PREFIX) + r"([1-9]\d?)", name)
+                if name == THIS_NODE or number is not None:
+                    self._nodes.start_local(name)
+                else:
+                    known = ", ".join(self._nodes.names())
+                    raise PlanError(
+                        f"the plan uses {plan.devices[index]}, but there is no node {name!r}; "
+                        f"known are {known}. Add the node, or change the plan"
+                    )
+        self._apply = _Apply(call.request_id, route, plan)
+        self._advance_apply()
+
+    def _on_nodes(self) -> None:
+        self._call_soon(self._advance_apply)
+        self._nodes_at = 0.0
+
+    def _advance_apply(self) -> None:
+        """Go on with the plan being applied, as far as nodes and runners are there."""
+        job = self._apply
+        if job is None or job.is_loading or self._model is None:
+            return
+        plan = job.plan
+        used = [plan.devices[i] for i in plan.used_devices()]
+        try:
+            runners = self._runners_for(used)
+        except EngineError as error:
+            self._apply = None
+            self._fail(job.request_id, error)
+            return
+        for_event = api.Progress(
+            request_id=job.request_id,
+            phase="start",
+            subject=", ".join(d for d in used if d not in {r.device for r in runners}),
+            done=len(runners),
+            total=len(used),
+        )
+        self._send(job.request_id, for_event)
+        if len(runners) < len(used):
+            return
+        job.is_loading = True
+        self._epoch += 1
+        model = self._model
+        load = LoadRequest(
+            epoch=self._epoch,
+            config=model.config,
+            plan=plan,
+            dtype=model.dtype,
+            kv_window=model.kv_window,
+            threads=self._threads_for(used),
+            checkpoint_id=model.identity,
+            tensors=model.tensors,
+            source=model.checkpoint,
+        )
+        self.scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
+
+    def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
+        """Runners that are there; starts the others where their node is ready."""
+        remote = next((n for d in used if (n := self._nodes.node_of(d)) and n.kind == "remote"), None)
+        listen_address = "127.0.0.1"
+        if remote is not None and remote.channel is not None:
+            listen_address = self._address_towards(remote.channel)
+        runners: list[RunnerAddress] = []
+        for device in used:
+            node = self._nodes.node_of(device)
+            if node is None or node.state == "lost":
+                reason = node.reason if node is not None else "it is not known"
+                raise PlanError(f"{device} cannot take part: {reason}")
+            if node.state == "starting":
+                continue
+            if self._nodes.info(device) is None:
+                known = ", ".join(d.rpartition("/")[2] for d in node.devices())
+                raise PlanError(f"{device}: node {node.name} has no such device; it has {known}")
+            self._nodes.start_runner(device, "" if node.kind == "remote" else listen_address)
+            runner = self._nodes.runner(device)
+            if runner is not None:
+                runners.append(runner)
+        return runners
+
+    @staticmethod
+    def _address_towards(channel: Channel[Any]) -> str:
+        """This computer's address on the way to a remote worker."""
+        import socket
+
+        endpoint = channel.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((host, 9))  # Sends nothing: UDP only chooses a route.
+            except OSError:
+                return "127.0.0.1"
+            return str(probe.getsockname()[0])
+
+    def _threads_for(self, used: list[str]) -> dict[str, int]:
+        """Threads of each runner: as asked, else the cores of its computer shared out."""
+        local = [d for d in used if (n := self._nodes.node_of(d)) and n.kind != "remote"]
+        local_cpus = [d for d in local if d.endswith("/cpu")]
+        threads: dict[str, int] = {}
+        for device in used:
+            info = self._nodes.info(device)
+            assert info is not None
+            sharing = len(local_cpus) if device in local_cpus else 1
+            threads[device] = self._num_threads or max(1, info.num_cores // max(1, sharing))
+        return threads
+
+    def _on_runner_lost(self, device: str, cause: str) -> None:
+        job = self._apply
+        if job is not None and not job.is_loading and device in job.plan.devices:
+            self._apply = None
+            self._fail(job.request_id, PlanError(f"{device} could not be started: {cause}"))
+        self.scheduler.device_lost(device, cause)
+
+    def _send_nodes(self) -> None:
+        self._nodes_at = time.monotonic()
+        plan = self._plan
+        in_use = {plan.devices[i] for i in plan.used_devices()} if plan is not None else set[str]()
+        job = self._apply
+        loading = (
+            {job.plan.devices[i] for i in job.plan.used_devices()}
+            if job is not None and job.is_loading
+            else set[str]()
+        )
+        busy = in_use if time.monotonic() < self._busy_until else set[str]()
+        self._broadcast(api.NodesChanged(nodes=self._nodes.states(busy, loading, in_use)))
+
+    # ---- scheduler thread: what it says ------------------------------------------------------
+
+    def on_finished(self, sequence: Sequence, plan: Plan) -> None:
+        """A request ended well."""
+        request_id = sequence.request_id
+        if sequence.logits_only and sequence.finish_reason != "cancelled":
+            self._call_soon(lambda: self._end(request_id, api.Done(request_id=request_id)))
+            return
+        assert sequence.finish_reason is not None
+        event = api.Finished(
+            request_id=request_id,
+            finish_reason=sequence.finish_reason,
+            text="".join(sequence.text),
+            token_ids=tuple(sequence.ids[sequence.num_prompt :]),
+            prompt_tokens=sequence.num_prompt,
+            seed=sequence.seed,
+            ttft_s=max(0.0, sequence.first_token_at - sequence.arrived),
+            prefill_tps=sequence.prefill_tps(),
+            decode_tps=sequence.decode_tps(),
+            devices=_usage(sequence.totals),
+            plan=plan,
+        )
+        self._call_soon(lambda: self._end(request_id, event))
+
+    def on_failed(self, request_id: int, error: EngineError) -> None:
+        """A request, or putting a plan in force, ended with an error."""
+
+        def tell() -> None:
+            if self._apply is not None and self._apply.request_id == request_id:
+                self._apply = None
+                self._plan = None
+            self._fail(request_id, error)
+
+        self._call_soon(tell)
+
+    def on_logits(self, request_id: int, first_position: int, rows: Array) -> None:
+        """Logits of some positions."""
+        event = api.LogitsRows(request_id=request_id, first_position=first_position)
+        self._call_soon(lambda: self._send(request_id, event, [rows]))
+
+    def on_plan(self, request_id: int, epoch: int, plan: Plan) -> None:
+        """A plan is in force."""
+
+        def tell() -> None:
+            self._apply = None
+            self._plan = plan
+            self._nodes.stop_runners_except({plan.devices[i] for i in plan.used_devices()})
+            self._broadcast(api.PlanApplied(epoch=epoch, plan=plan))
+            self._end(request_id, api.Done(request_id=request_id))
+            self._send_nodes()
+
+        self._call_soon(tell)
+
+    def on_plan_lost(self, error: EngineError) -> None:
+        """The plan in force can no longer run."""
+
+        def tell() -> None:
+            self._plan = None
+            self._broadcast(api.PlanLost(message=str(error)))
+            self._send_nodes()
+
+        self._call_soon(tell)
+
+    def on_load_progress(self, request_id: int, device: str, done: int, total: int) -> None:
+        """Weights on their way."""
+        event = api.Progress(
+            request_id=request_id, phase="weights", subject=device, done=done, total=total
+        )
+        self._call_soon(lambda: self._send(request_id, event))
+
+    def on_measured(self, measured: Measured) -> None:
+        """What the steps since the last call did."""
+        event = api.Throughput(
+            time_s=time.time(),
+            seconds=measured.seconds,
+            prompt_tokens=measured.prompt_tokens,
+            generated_tokens=measured.generated_tokens,
+            devices=_usage(measured.devices),
+        )
+
+        def tell() -> None:
+            self._busy_until = time.monotonic() + BUSY_SECONDS
+            self._broadcast(event)
+
+        self._call_soon(tell)
+
+
+def _usage(totals: dict[str, DeviceTotals]) -> tuple[api.DeviceUsage, ...]:
+    """Counters as the window shows them."""
+    return tuple(
+        api.DeviceUsage(
+            device=device,
+            compute_s=t.compute_ns / 1e9,
+            wait_s=t.wait_ns / 1e9,
+            network_s=t.serialise_ns / 1e9,
+            network_bytes=t.sent_bytes + t.received_bytes,
+        )
+        for device, t in totals.items()
+    )

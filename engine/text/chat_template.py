@@ -1,0 +1,340 @@
+"""Conversations to prompts: the model's own Jinja template, rendered where it can do no harm.
+
+In: messages and a template from a model's file. Out: the prompt's text, or its token ids with a
+guarantee that nothing a person wrote became a control token. The template runs in a sandbox in a
+child process that is killed at its deadline. It keeps no conversation and counts no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import msgspec
+
+from engine.errors import PromptError
+from engine.text.tokenizer import Tokenizer, check_text, literal_pattern
+from engine.weights.mapped import one_line
+
+RENDER_SECONDS = 2.0
+START_SECONDS = 30.0
+MAX_OUTPUT_CHARACTERS = 1 << 22
+MAX_MESSAGES = 10_000
+_ROLE = re.compile(r"[a-z_]{1,32}")
+
+_CHILD_SCRIPT = Path(__file__).with_name("template_process.py")
+
+# For a model that brings no template: a transcript. The beginning-of-text token, if the model
+# wants one, then every turn with its role, then an open turn of the assistant.
+FALLBACK_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message.role | capitalize }}: {{ message.content }}\n\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One turn. `role` is a word such as system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class ChatTemplate:
+    """One template with its child process, which starts at the first render.
+
+    Safe to use from several threads, one render at a time. `close` ends the child; it also ends
+    by itself when this process does.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        render_seconds: float = RENDER_SECONDS,
+        max_characters: int = MAX_OUTPUT_CHARACTERS,
+    ) -> None:
+        """Keep a template; nothing runs yet.
+
+        Args:
+            source: Jinja, at most as long as a GGUF string.
+            special_tokens: variables for the template, such as bos_token.
+            render_seconds: deadline of one render, > 0, not counting the start of the child.
+            max_characters: limit of the rendered text.
+        """
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        self.render_seconds = render_seconds
+        self.max_characters = max_characters
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> ChatTemplate:
+        """The template of a model, or the fallback where it brings none."""
+        if tokenizer.chat_template is not None:
+            return cls(tokenizer.chat_template, tokenizer.special_tokens)
+        bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.adds_bos else ""
+        return cls(FALLBACK_TEMPLATE, {**tokenizer.special_tokens, "bos_token": bos})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: in order, at most MAX_MESSAGES.
+            add_generation_prompt: whether to open a turn of the assistant.
+        Returns: text in which control tokens are still written out.
+        Raises: PromptError: the template refuses the conversation, is not allowed to do what it
+            does, is wrong, takes too long or writes too much.
+        """
+        if len(messages) > MAX_MESSAGES:
+            raise PromptError(
+                f"the conversation has {len(messages):,} messages, the limit is {MAX_MESSAGES:,}"
+            )
+        for message in messages:
+            if not _ROLE.fullmatch(message.role):
+                raise PromptError(
+                    f"role {one_line(message.role)!r} is not a short lower-case word such as user"
+                )
+            check_text(message.content)
+        variables = {
+            **self.special_tokens,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        request = {
+            "template": self.source,
+            "variables": variables,
+            "max_characters": self.max_characters,
+        }
+        data = json.dumps(request).encode("ascii")
+        with self._lock:
+            child = self._started_child()
+            answer = self._exchange(child, data, self.render_seconds)
+        if "text" in answer:
+            return answer["text"]
+        raise PromptError(_explain(answer["kind"], answer["error"]))
+
+    def close(self) -> None:
+        """End the child; a later render starts another."""
+        with self._lock:
+            self._end_child()
+
+    def _started_child(self) -> subprocess.Popen[bytes]:
+        if self._child is not None and self._child.poll() is None:
+            return self._child
+        self._end_child()
+        # -P keeps this folder off the child's import path.
+        command = [sys.executable, "-P", str(_CHILD_SCRIPT)]
+        flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            creationflags=flags,
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+        self._exchange(self._child, None, START_SECONDS)
+        return self._child
+
+    def _exchange(
+        self, child: subprocess.Popen[bytes], data: bytes | None, seconds: float
+    ) -> dict[str, str]:
+        """Send a frame, if any, and read one; kill the child at the deadline or at nonsense."""
+        assert child.stdin is not None
+        assert child.stdout is not None
+        has_expired = threading.Event()
+
+        def expire() -> None:
+            has_expired.set()
+            child.kill()
+
+        timer = threading.Timer(seconds, expire)
+        timer.name = "chat-template-deadline"
+        timer.start()
+        try:
+            if data is not None:
+                child.stdin.write(len(data).to_bytes(4, "big") + data)
+                child.stdin.flush()
+            head = child.stdout.read(4)
+            size = int.from_bytes(head, "big")
+            # JSON writes one character in at most 12.
+            is_whole = len(head) == 4 and size <= 12 * self.max_characters + 4096
+            body = child.stdout.read(size) if is_whole else b""
+            if is_whole and len(body) == size:
+                return cast("dict[str, str]", json.loads(body))
+        except OSError:
+            pass  # the child is gone; told below
+        except BaseException:
+            self._end_child()  # an interrupted exchange leaves half a frame behind
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        self._end_child()
+        if has_expired.is_set():
+            raise PromptError(
+                f"the chat template of this model took longer than {seconds:g} s and was stopped; "
+                "use another model or give the prompt without a template"
+            )
+        raise PromptError(
+            "the chat template of this model ended its process (memory or processor time); "
+            "use another model or give the prompt without a template"
+        )
+
+    def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # unsent bytes of a pipe whose reader is gone
+                    pipe.close()
+        child.wait()
+
+
+def _explain(kind: str, text: str) -> str:
+    shown = one_line(" ".join(text.split()), 300)
+    if kind == "refused":
+        return f"the chat template of this model refuses the conversation: {shown}"
+    if kind == "forbidden":
+        return f"the chat template of this model is not allowed to do this: {shown}"
+    if kind == "too long":
+        return f"the chat template of this model writes too much: {shown}; shorten the conversation"
+    return f"the chat template of this model is wrong: {shown}; use another model"
+
+
+class _Masks:
+    """Private words that stand for pieces of a person's text while the template runs."""
+
+    def __init__(self) -> None:
+        self._nonce = "q" + secrets.token_hex(16)
+        self._texts: list[str] = []
+        self._pattern = re.compile(self._nonce + r"x(\d+)z")
+
+    def hide(self, text: str) -> str:
+        """The word that stands for a text."""
+        self._texts.append(text)
+        return f"{self._nonce}x{len(self._texts) - 1}z"
+
+    def split(self, text: str) -> tuple[list[str], list[bool]]:
+        """Cut at the words. Returns: parts with the words undone, and which of them were words."""
+        pieces = self._pattern.split(text)
+        parts = [self._texts[int(piece)] if k % 2 else piece for k, piece in enumerate(pieces)]
+        return parts, [k % 2 == 1 for k in range(len(pieces))]
+
+
+def _partial_ends(text: str, protected: Sequence[str]) -> tuple[int, int]:
+    """Characters at the start and the end of a text that text around it could complete.
+
+    Returns: how many at the start are the end of a protected text, how many at the end are the
+    start of one.
+    """
+    start = end = 0
+    for token in protected:
+        for size in range(1, min(len(token), len(text) + 1)):
+            if size > start and text.startswith(token[-size:]):
+                start = size
+            if size > end and text.endswith(token[:size]):
+                end = size
+    return start, end
+
+
+def _masked(content: str, pattern: re.Pattern[str], protected: Sequence[str], masks: _Masks) -> str:
+    """Hide what could become a protected token, whole ones and ones cut by the content's border."""
+    inner = content.strip()  # templates trim, which must go on working
+    if not inner:
+        return content
+    first = content.index(inner)
+    start, end = _partial_ends(inner, protected)
+    end_at = max(len(inner) - end, start)
+    middle = pattern.sub(lambda match: masks.hide(match.group()), inner[start:end_at])
+    head = masks.hide(inner[:start]) if start else ""
+    tail = masks.hide(inner[end_at:]) if end_at < len(inner) else ""
+    return content[:first] + head + middle + tail + content[first + len(inner) :]
+
+
+def _fully_masked(content: str, beginnings: re.Pattern[str], masks: _Masks) -> str:
+    """Hide every character that a protected token could begin with."""
+    return beginnings.sub(lambda match: masks.hide(match.group()), content)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation; only the template itself can write control tokens.
+
+    Pieces of the contents that are, or with the template's text could become, a protected token
+    are hidden behind random words while the template runs and come back as ordinary text. Where a
+    template takes contents apart, so that the protected tokens it yields depend on such pieces,
+    everything they could begin with is hidden.
+
+    Args:
+        tokenizer: of the same model.
+        template: of the same model.
+        messages: in order.
+        add_generation_prompt: whether to open a turn of the assistant.
+    Returns: ids; BOS is there only if the template writes it.
+    Raises: PromptError: see `ChatTemplate.render`.
+    """
+    protected = sorted(tokenizer.protected)
+    pattern = literal_pattern(protected)
+    beginnings = literal_pattern({token[0] for token in protected})
+
+    def attempt(hide_all: bool) -> tuple[list[str], list[bool], list[str]]:
+        masks = _Masks()
+        hidden = [
+            Message(
+                turn.role,
+                _fully_masked(turn.content, beginnings, masks)
+                if hide_all
+                else _masked(turn.content, pattern, protected, masks),
+            )
+            for turn in messages
+        ]
+        parts, is_plain = masks.split(template.render(hidden, add_generation_prompt))
+        found = [
+            token
+            for part, plain in zip(parts, is_plain, strict=True)
+            if not plain
+            for token in pattern.findall(part)
+        ]
+        return parts, is_plain, found
+
+    parts, is_plain, found = attempt(hide_all=False)
+    if any(beginnings.search(turn.content) for turn in messages):
+        safe_parts, safe_plain, safe_found = attempt(hide_all=True)
+        if safe_found != found:
+            parts, is_plain = safe_parts, safe_plain
+    return tokenizer.encode_mixed(parts, is_plain=is_plain)

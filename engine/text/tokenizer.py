@@ -1,0 +1,250 @@
+"""Text to token ids and back, for one vocabulary.
+
+In: a `Vocabulary`, made by `gguf_vocabulary` or `hf_vocabulary` from a model's file or folder.
+Out: ids, bytes of ids, and which ids are control tokens. Control tokens are kept out of the
+segmentation altogether, so that no text can become one unless the caller asks for it. It renders no
+chat templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+
+from engine.errors import CheckpointError, PromptError
+from engine.text.byte_level import to_bytes
+
+MAX_TEXT_CHARACTERS = 1 << 22
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Everything a tokenizer is made of.
+
+    Attributes:
+        backend: settings of the `tokenizers` library without the protected tokens and without a
+            post-processor: no text can come out of it as a protected token.
+        tokens: id to text, in the file's own alphabet; ids without a token are absent.
+        kind: how a token's text stands for bytes.
+        control: ids that carry structure and are never shown.
+        protected: text to id of the tokens that user input cannot become: the control tokens, and
+            added tokens that the chat template writes, such as <tool_call>.
+        raw: ids whose text stands for itself in UTF-8.
+        strips: protected ids that swallow whitespace (left, right) beside them when parsed.
+        special_tokens: names a chat template may use, such as bos_token, to their text.
+    """
+
+    path: Path
+    backend: dict[str, Any]
+    tokens: Mapping[int, str]
+    kind: Literal["byte_level", "sentencepiece"]
+    control: frozenset[int]
+    protected: Mapping[str, int]
+    raw: frozenset[int]
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    adds_bos: bool
+    strips: Mapping[int, tuple[bool, bool]] = field(default_factory=dict[int, "tuple[bool, bool]"])
+    special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
+    chat_template: str | None = None
+
+
+class Tokenizer:
+    """See the module; safe to use from several threads.
+
+    Attributes:
+        vocab_size: one more than the largest id that has a token.
+        bos_id: begins a text, or None.
+        eos_ids: each ends an answer.
+        adds_bos: whether the model wants `bos_id` before a prompt that is no chat.
+        chat_template: Jinja source, or None.
+        special_tokens: variables for the template, such as bos_token.
+        protected: texts that user input cannot turn into one token.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        """Build the segmentation.
+
+        Raises: CheckpointError: the vocabulary is inconsistent.
+        """
+        self.path = vocabulary.path
+        self.vocab_size = max(vocabulary.tokens, default=-1) + 1
+        self.bos_id = vocabulary.bos_id
+        self.eos_ids = vocabulary.eos_ids
+        self.adds_bos = vocabulary.adds_bos
+        self.chat_template = vocabulary.chat_template
+        self.special_tokens = dict(vocabulary.special_tokens)
+        self.protected = frozenset(vocabulary.protected)
+        self._vocabulary = vocabulary
+        self._bytes: dict[int, bytes] = {}
+        self._pattern = literal_pattern(vocabulary.protected)
+        self._forbidden = {*vocabulary.protected.values()} - {_unknown_id(vocabulary)}
+        # A private token that no text contains: encoding it before a text gives the text the same
+        # treatment that it has after a control token (no "first word" rules).
+        self._separator = f"\ue000{secrets.token_hex(16)}\ue001"
+        self._backend = self._build()
+
+    def _build(self) -> tokenizers.Tokenizer:
+        try:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(self._vocabulary.backend))
+            token = tokenizers.AddedToken(self._separator, normalized=False, special=True)
+            backend.add_special_tokens([token])  # pyright: ignore[reportUnknownMemberType]
+        except Exception as error:  # the library raises nothing narrower
+            text = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{self.path}: the tokenizer cannot be built: {text}") from error
+        return backend
+
+    def encode(self, text: str, *, parse_control: bool = False) -> list[int]:
+        """Segment a text; no BOS is added.
+
+        Args:
+            text: at most MAX_TEXT_CHARACTERS characters, no lone surrogates; NUL is a character.
+            parse_control: whether the text of a protected token becomes that token. Never set it
+                for text of a user.
+        Returns: ids, each below `vocab_size`.
+        Raises: PromptError: the text is too long or is not Unicode.
+        """
+        check_text(text)
+        if not parse_control:
+            return self._encode_run(text, is_first=True)
+        return self.encode_mixed([text], is_plain=[False])
+
+    def encode_mixed(self, parts: Sequence[str], *, is_plain: Sequence[bool]) -> list[int]:
+        """Segment a text of which parts must stay text.
+
+        Args:
+            parts: pieces of one text in order; words may run across their borders.
+            is_plain: for each part, whether protected tokens in it are ordinary text.
+        Returns: ids as of the whole text.
+        Raises: PromptError: as `encode`.
+        """
+        ids: list[int] = []
+        run: list[str] = []
+        strip_next = False
+        is_first = True
+
+        def end_run(strip: bool) -> None:
+            nonlocal is_first, strip_next
+            text = "".join(run)
+            run.clear()
+            text = text.lstrip() if strip_next else text
+            text = text.rstrip() if strip else text
+            strip_next = False
+            ids.extend(self._encode_run(text, is_first=is_first))
+            is_first = False
+
+        for part, plain in zip(parts, is_plain, strict=True):
+            check_text(part)
+            position = 0
+            if not plain:
+                for match in self._pattern.finditer(part):
+                    run.append(part[position : match.start()])
+                    id = self._vocabulary.protected[match.group()]
+                    left, right = self._vocabulary.strips.get(id, (False, False))
+                    end_run(left)
+                    ids.append(id)
+                    strip_next = right
+                    position = match.end()
+            run.append(part[position:])
+        end_run(False)
+        return ids
+
+    def _encode_run(self, text: str, *, is_first: bool) -> list[int]:
+        """Ids of a text in which nothing is a protected token."""
+        if not text:
+            return []
+        whole = text if is_first else self._separator + text
+        ids = self._backend.encode(whole, add_special_tokens=False).ids
+        ids = ids if is_first else ids[1:]
+        for id in ids:
+            if id in self._forbidden:  # the builders make this impossible
+                raise CheckpointError(
+                    f"{self.path}: text became protected token {id}; the vocabulary is damaged"
+                )
+        return ids
+
+    def token_bytes(self, id: int) -> bytes:
+        """Bytes that a token stands for.
+
+        Args:
+            id: >= 0. Control tokens and ids without a token give b"".
+        """
+        found = self._bytes.get(id)
+        if found is None:
+            found = self._bytes[id] = self._compute_bytes(id)
+        return found
+
+    def _compute_bytes(self, id: int) -> bytes:
+        text = self._vocabulary.tokens.get(id)
+        if text is None or id in self._vocabulary.control:
+            return b""
+        if id in self._vocabulary.raw:
+            return text.encode("utf-8", errors="replace")
+        if self._vocabulary.kind == "byte_level":
+            return to_bytes(text)
+        byte = _BYTE_TOKEN.fullmatch(text)
+        if byte:
+            return bytes([int(byte[1], 16)])
+        return text.replace("\u2581", " ").encode("utf-8", errors="replace")
+
+    def is_control(self, id: int) -> bool:
+        """Whether the token carries structure and is never shown."""
+        return id in self._vocabulary.control
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        A SentencePiece vocabulary writes a space before the first word; it is part of the text.
+        """
+        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
+
+
+def _unknown_id(vocabulary: Vocabulary) -> int:
+    """The id that stands for what the vocabulary cannot write, or -1."""
+    name = vocabulary.backend["model"].get("unk_token")
+    return int(vocabulary.backend["model"]["vocab"].get(name, -1)) if name else -1
+
+
+def literal_pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the leftmost, then longest, of some literal texts; nothing if there are none."""
+    ordered = sorted((text for text in texts if text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def check_text(text: str) -> None:
+    """Raises: PromptError: the text is too long, or contains half of a surrogate pair."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise PromptError(
+            f"the text has {len(text):,} characters, at most {MAX_TEXT_CHARACTERS:,} are taken; "
+            "shorten it"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"character {error.start} of the text is half of a surrogate pair, which is no Unicode "
+            "character; remove it"
+        ) from error
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        path: a GGUF file, or a folder with tokenizer.json.
+    Raises:
+        CheckpointError: there is none, or it is damaged or of an unsupported kind.
+        ConfigError: it wants to run its own code.
+    """
+    from engine.text.gguf_vocabulary import read_gguf_vocabulary
+    from engine.text.hf_vocabulary import read_hf_vocabulary
+
+    return Tokenizer(read_hf_vocabulary(path) if path.is_dir() else read_gguf_vocabulary(path))

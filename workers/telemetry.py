@@ -1,0 +1,140 @@
+"""What a node is and does: hardware, and live use of CPU, memory and network.
+
+In: process ids to watch. Out: messages for the engine host. It measures; it does not judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from engine.cluster.messages import DeviceInfo, ProcessUsage, Telemetry
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_label() -> str:
+    """The processor's name for a person."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def list_devices(node_name: str) -> tuple[DeviceInfo, ...]:
+    """The CPU of this computer and the NVIDIA GPUs its driver shows."""
+    cores = usable_cores()
+    devices = [
+        DeviceInfo(
+            device=f"{node_name}/cpu",
+            kind="cpu",
+            label=f"{cpu_label()}, {cores} cores",
+            num_cores=cores,
+            memory_bytes=psutil.virtual_memory().total,
+        )
+    ]
+    return (*devices, *_list_gpus(node_name))
+
+
+def _list_gpus(node_name: str) -> list[DeviceInfo]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # No driver: no GPU to offer.
+    try:
+        devices: list[DeviceInfo] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name = pynvml.nvmlDeviceGetName(handle)
+            devices.append(
+                DeviceInfo(
+                    device=f"{node_name}/cuda{index}",
+                    kind="cuda",
+                    label=name if isinstance(name, str) else name.decode("utf-8", "replace"),
+                    num_cores=0,
+                    memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                )
+            )
+        return devices
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def address_that_reaches(host: str) -> str:
+    """This computer's address on the way to another; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+class Meter:
+    """Measures use since its last reading."""
+
+    def __init__(self) -> None:
+        """Take the first reading, which later ones compare with."""
+        self._processes: dict[int, psutil.Process] = {}
+        self._network_at = time.monotonic()
+        self._network = psutil.net_io_counters()
+        psutil.cpu_percent()
+
+    def read(self, roles: Mapping[int, str]) -> Telemetry:
+        """Use since the last call.
+
+        Args:
+            roles: what each watched process id does.
+        """
+        memory = psutil.virtual_memory()
+        network, now = psutil.net_io_counters(), time.monotonic()
+        seconds = max(now - self._network_at, 1e-3)
+        before, self._network, self._network_at = self._network, network, now
+        return Telemetry(
+            cpu_percent=psutil.cpu_percent(),
+            memory_used_bytes=memory.total - memory.available,
+            memory_total_bytes=memory.total,
+            network_in_bytes_per_second=(network.bytes_recv - before.bytes_recv) / seconds,
+            network_out_bytes_per_second=(network.bytes_sent - before.bytes_sent) / seconds,
+            processes=tuple(
+                usage
+                for pid, role in roles.items()
+                if (usage := self._read_process(pid, role)) is not None
+            ),
+        )
+
+    def forget(self, pid: int) -> None:
+        """Stop watching a process that ended."""
+        self._processes.pop(pid, None)
+
+    def _read_process(self, pid: int, role: str) -> ProcessUsage | None:
+        try:
+            if pid not in self._processes:
+                self._processes[pid] = psutil.Process(pid)
+                self._processes[pid].cpu_percent()  # The first reading has nothing to compare with.
+            process = self._processes[pid]
+            with process.oneshot():
+                return ProcessUsage(
+                    role=role,
+                    pid=pid,
+                    cpu_percent=process.cpu_percent(),
+                    memory_bytes=process.memory_info().rss,
+                )
+        except psutil.Error:
+            self.forget(pid)
+            return None

@@ -195,7 +195,8 @@ def test_without_a_display_it_says_so_and_starts_the_chat(tree: Path) -> None:
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("Temporary failure in name resolution\nNo matching distribution", "cannot be reached"),
         ("ERROR: No matching distribution found for torch", "not offered for this Python"),
-        ("something else", "pip ended with code 1"),
+        ("something else", "pip ended with code 1. Details"),
+        ("2026 ERROR: a\n2026 ERROR: It broke.\nmore", "pip ended with code 1 (It broke). Details"),
     ],
 )
 def test_a_failed_installation_is_told_in_one_line_and_tried_again(

@@ -71,7 +71,7 @@ class BFloat16Matrix:
     """Weights rounded to bfloat16; the activations too, where the product is in bfloat16."""
 
     def __init__(self, values_NK: Tensor) -> None:
-        """Args: values_NK: float32 [N, K]."""
+        """Args: values_NK: float32 or bfloat16 [N, K]."""
         self._values = values_NK.to(torch.bfloat16).contiguous()
 
     @property
@@ -167,10 +167,10 @@ class Int8Matrix:
 def make_matrix(
     values_NK: Tensor, dtype: ComputeDtype, device: torch.device, column_block: int
 ) -> Matrix:
-    """Put float32 values into a compute format on a device.
+    """Put values into a compute format on a device.
 
     Args:
-        values_NK: float32 [N, K] on the CPU.
+        values_NK: float32 [N, K] on the CPU, or bfloat16 where that is the format.
         column_block: columns that int8 groups may not leave; K for most matrices.
     """
     if dtype == "float32":

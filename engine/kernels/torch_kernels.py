@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from engine.model.batch import Segment, StepKind
-from engine.kernels.matrices import Matrix
+from engine.kernels.matrices import Matrix, has_bfloat16_units
 from engine.model.attention import attend
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
@@ -98,6 +98,8 @@ def attention_part(
         all_keys, all_values = layer_cache.append(
             segment.first_position, keys[start:end], values[start:end], cache.window
         )
+        if not has_bfloat16_units(x_TW.device.type):
+            all_keys, all_values = all_keys.float(), all_values.float()
         outputs.append(
             attend(query[start:end], all_keys, all_values, segment.first_position, share.groups)
         )

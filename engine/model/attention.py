@@ -45,9 +45,9 @@ def attend(
 
     Args:
         query_THD: rotated queries at positions first_position, first_position + 1, …
-        keys_KSD, values_KSD: positions 0 … S - 1, in the cache's dtype.
+        keys_KSD, values_KSD: positions 0 … S - 1, in the dtype to compute in.
         groups: from `kv_groups`, in the order of the heads.
-    Returns: [T, H, D] in the cache's dtype.
+    Returns: [T, H, D] in that dtype.
     """
     num_tokens, _, head_width = query_THD.shape
     num_keys = keys_KSD.shape[1]

@@ -36,6 +36,9 @@ from engine.weights.formats import dequantize, format_named, num_bytes
 
 RawBytes = NDArray[np.uint8]
 
+# In which values wait to be packed: bfloat16 rounds each once, int8 is quantised from float32.
+JOINED_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+
 
 class SliceKey(NamedTuple):
     """Part of a canonical tensor: elements [start, end) along an axis."""
@@ -106,7 +109,7 @@ class WeightStore:
         wides = [self.stored_slice(s) for s in key.slices]
         if len(infos[0].shape) == 1:
             values = dequantize(infos[0].format, raw[0], infos[0].shape)
-            self.packed[key] = torch.from_numpy(values.copy()).to(self._device)
+            self.packed[key] = torch.from_numpy(values).to(self._device)
             return
         is_whole = all(s == w for s, w in zip(key.slices, wides, strict=True))
         is_q8_0 = all(info.format == "Q8_0" for info in infos)
@@ -116,14 +119,18 @@ class WeightStore:
             joined = np.concatenate([r.reshape(-1) for r in raw])
             self.packed[key] = Int8Matrix.from_q8_0(joined, rows, columns).to(self._device)
             return
-        parts: list[Tensor] = []
+        rows = [self.stored_shape(narrow)[0] for narrow in key.slices]
+        columns = self.stored_shape(key.slices[0])[1]
+        joined_values = torch.empty(sum(rows), columns, dtype=JOINED_TYPES[self._dtype])
+        start = 0
         for narrow, wide, info, data in zip(key.slices, wides, infos, raw, strict=True):
             values = dequantize(info.format, data, self.stored_shape(wide))
             if narrow.axis == 1:
                 values = values[:, narrow.start - wide.start : narrow.end - wide.start]
-            parts.append(torch.from_numpy(np.array(values, dtype=np.float32)))
-        joined_values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        block = key.column_block or joined_values.shape[1]
+            end = start + values.shape[0]
+            joined_values[start:end] = torch.from_numpy(values)
+            start = end
+        block = key.column_block or columns
         self.packed[key] = make_matrix(joined_values, self._dtype, self._device, block)
 
     def _info(self, name: str) -> TensorFormatInfo:

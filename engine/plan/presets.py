@@ -13,12 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
-from itertools import pairwise
 
 import msgspec
 
 from engine.errors import PlanError
 from engine.plan.plan import Plan, PlanShape, WireFormat, check_devices, is_whole, shown
+from engine.plan.rounding import (
+    keeps_shares,
+    largest_remainder,
+    proportional,
+    round_half_up,
+    split_heads,
+)
 
 # Typed percentages are rounded: three thirds read 33.3 + 33.3 + 33.3.
 PERCENT_SUM_TOLERANCE = 1.0
@@ -55,7 +61,7 @@ def from_percentages(
         percentages: one per device for all layers, or one such list per layer; each >= 0, and they
             sum to 100 within PERCENT_SUM_TOLERANCE (what is asked is then scaled to 100).
         head_percentages: of the output head; as the last layer where absent.
-        snap_to_kv_heads: cut attention between KV heads where that is near (see `split_heads`).
+        snap_to_kv_heads: cut attention between KV heads where that is near (see `rounding.split_heads`).
     Raises: PlanError: a wrong count, a negative, NaN or infinite number, or a wrong sum.
     """
     shape.validate()
@@ -267,77 +273,8 @@ def with_devices(plan: Plan, devices: Sequence[str]) -> Plan:
     for row, old_cells in enumerate(plan.cells):
         counts = [0 if column is None else old_cells[column] for column in columns]
         total = plan.shape.num_quanta(row)
-        cells.append(_proportional(counts, total) if sum(counts) != total else tuple(counts))
+        cells.append(proportional(counts, total) if sum(counts) != total else tuple(counts))
     return Plan(plan.shape, tuple(devices), tuple(cells), plan.wire).validate()
-
-
-def split_heads(
-    shape: PlanShape, weights: Sequence[Fraction], *, snap_to_kv_heads: bool = True
-) -> tuple[int, ...]:
-    """Query heads per device, by weights that sum to 1.
-
-    Every cut goes to the nearest KV-head border, where no K and V is held twice. The row is not
-    snapped where a cut is exactly between two borders (one KV head on two devices), or where snapping
-    would leave a device without the share it would have had.
-
-    Args:
-        weights: >= 0, one per device, sum 1.
-    Returns: sums to num_heads; each within one head of its weight, one KV group where snapped.
-    """
-    plain = largest_remainder(weights, shape.num_heads)
-    if not snap_to_kv_heads or shape.heads_per_kv == 1:
-        return plain
-    group = shape.heads_per_kv
-    cuts = [0]
-    wanted = Fraction(0)
-    for weight in weights[:-1]:
-        wanted += weight * shape.num_heads
-        border = _round_half_up(wanted / group) * group
-        if abs(wanted - border) >= Fraction(group, 2):
-            return plain
-        cuts.append(border)
-    cuts.append(shape.num_heads)
-    snapped = tuple(end - first for first, end in pairwise(cuts))
-    return snapped if _keeps_shares(plain, snapped) else plain
-
-
-def largest_remainder(weights: Sequence[Fraction], total: int) -> tuple[int, ...]:
-    """Split a whole number by weights; every part is within one of its exact value.
-
-    Args:
-        weights: >= 0, at least one above 0; scaled to sum 1. Ties go to the earlier part.
-        total: >= 0.
-    Returns: sums to total; 0 where the weight is 0.
-    """
-    weight_sum = sum(weights)
-    assert weight_sum > 0, "the caller checks that one weight is above 0"
-    exact = [weight * total / weight_sum for weight in weights]
-    counts = [math.floor(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: total - sum(counts)]:
-        counts[index] += 1
-    return tuple(counts)
-
-
-def whole_percentages(plan: Plan, row: int) -> tuple[int, ...]:
-    """Shares of a row as whole percentages that sum to 100, for display."""
-    return largest_remainder([Fraction(count) for count in plan.cells[row]], 100)
-
-
-def quanta_to_percent(shape: PlanShape, row: int, quanta: int) -> float:
-    """Percentage of a row that a number of its quanta is."""
-    return 100 * quanta / shape.num_quanta(row)
-
-
-def percent_to_quanta(shape: PlanShape, row: int, percent: float) -> int:
-    """Nearest number of quanta of a row; a half rounds up, values outside 0-100 are clamped.
-
-    Raises: PlanError: percent is NaN.
-    """
-    if math.isnan(percent):
-        raise PlanError("the percentage is not a number. Give one from 0 to 100.")
-    clamped = min(max(percent, 0.0), 100.0)
-    return _round_half_up(Fraction(clamped) * shape.num_quanta(row) / 100)
 
 
 def _moved_fader(
@@ -352,7 +289,7 @@ def _moved_fader(
     if step == 1 or any(cells[index] % step for index in locked):
         return plain
     snapped = _redistribute(cells, device_index, fraction, locked, step)
-    return snapped if _keeps_shares(plain, snapped) else plain
+    return snapped if keeps_shares(plain, snapped) else plain
 
 
 def _redistribute(
@@ -366,32 +303,15 @@ def _redistribute(
     total = sum(cells)
     others = [index for index in range(len(cells)) if index != device_index and index not in locked]
     available = (total - sum(cells[index] for index in locked)) // step
-    wanted = min(_round_half_up(Fraction(fraction) * total / step), available)
+    wanted = min(round_half_up(Fraction(fraction) * total / step), available)
     if not others:
         wanted = available
-    rest = _proportional([cells[index] for index in others], available - wanted)
+    rest = proportional([cells[index] for index in others], available - wanted)
     new_cells = list(cells)
     new_cells[device_index] = wanted * step
     for index, count in zip(others, rest, strict=True):
         new_cells[index] = count * step
     return tuple(new_cells)
-
-
-def _proportional(counts: Sequence[int], total: int) -> tuple[int, ...]:
-    """Split `total` in proportion to counts, or equally where all are 0."""
-    if not counts:
-        return ()
-    equal = not any(counts)
-    return largest_remainder([Fraction(1 if equal else count) for count in counts], total)
-
-
-def _keeps_shares(plain: Sequence[int], snapped: Sequence[int]) -> bool:
-    """Whether no device that has a share in `plain` has none in `snapped`."""
-    return all(new or not old for old, new in zip(plain, snapped, strict=True))
-
-
-def _round_half_up(value: Fraction) -> int:
-    return math.floor(value + Fraction(1, 2))
 
 
 def _all_on(owner: int, num_devices: int, quanta: int) -> tuple[int, ...]:

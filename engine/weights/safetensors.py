@@ -200,11 +200,13 @@ def open_folder(folder: Path) -> tuple[list[MappedFile], dict[str, StoredTensor]
     tensors: dict[str, StoredTensor] = {}
     try:
         for position, name in enumerate(names):
-            path = folder / name
-            if not path.is_file():
+            if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{path}: part {position + 1} of {len(names)} is missing; fetch the model again"
+                    f"{folder / name}: part {position + 1} of {len(names)} is missing; "
+                    "fetch the model again"
                 )
+        for name in names:
+            path = folder / name
             _refuse_escape(folder, path)
             files.append(MappedFile(path))
             for tensor, place in read_header(files[-1]).items():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import PlanError
-from engine.plan import presets
+from engine.plan import presets, rounding
 from engine.plan.plan import Plan, PlanShape
 from tests.engine.plan.strategies import DEVICES, as_percentages, plans, shapes, weight_lists
 
@@ -21,7 +21,7 @@ def test_largest_remainder_is_within_one_and_sums(
     data: st.DataObject, total: int, count: int
 ) -> None:
     weights = [Fraction(weight) for weight in data.draw(weight_lists(count))]
-    parts = presets.largest_remainder(weights, total)
+    parts = rounding.largest_remainder(weights, total)
     assert sum(parts) == total
     for part, weight in zip(parts, weights, strict=True):
         assert abs(part - weight * total / sum(weights)) < 1
@@ -92,7 +92,7 @@ def test_the_head_takes_its_own_percentages(small_model: PlanShape) -> None:
 @given(plans(), st.data())
 def test_shown_percentages_sum_to_a_hundred(plan: Plan, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, plan.shape.num_rows - 1))
-    shown = presets.whole_percentages(plan, row)
+    shown = rounding.whole_percentages(plan, row)
     assert sum(shown) == 100
     for device, percentage in enumerate(shown):
         assert abs(percentage - 100 * plan.share(row, device)) < 1
@@ -102,12 +102,12 @@ def test_shown_percentages_sum_to_a_hundred(plan: Plan, data: st.DataObject) -> 
 def test_percent_and_quanta_are_each_other_s_inverse(shape: PlanShape, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, shape.num_rows - 1))
     quanta = data.draw(st.integers(0, shape.num_quanta(row)))
-    percent = presets.quanta_to_percent(shape, row, quanta)
-    assert presets.percent_to_quanta(shape, row, percent) == quanta
+    percent = rounding.quanta_to_percent(shape, row, quanta)
+    assert rounding.percent_to_quanta(shape, row, percent) == quanta
 
 
 def test_a_percentage_outside_is_clamped_and_nan_is_refused(small_model: PlanShape) -> None:
-    assert presets.percent_to_quanta(small_model, 1, -5) == 0
-    assert presets.percent_to_quanta(small_model, 1, float("inf")) == 48
+    assert rounding.percent_to_quanta(small_model, 1, -5) == 0
+    assert rounding.percent_to_quanta(small_model, 1, float("inf")) == 48
     with pytest.raises(PlanError, match="not a number"):
-        presets.percent_to_quanta(small_model, 1, float("nan"))
+        rounding.percent_to_quanta(small_model, 1, float("nan"))

@@ -1,0 +1,70 @@
+"""Weight matrices multiply as their format promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels.matrices import Int8Matrix, make_matrix
+from engine.model.batch import StepKind
+from engine.plan.plan import PlanShape
+from engine.plan.presets import even, single
+from engine.weights.checkpoint import open_checkpoint
+from tests.one_process import OneProcess
+from tests.tiny_models import save_tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 5),
+    block=st.integers(1, 70),
+    tokens=st.integers(1, 6),
+    kind=st.sampled_from(["prompt", "generated"]),
+)
+def test_int8_differs_from_exact_by_at_most_half_a_step_of_each_weight(
+    rows: int, blocks: int, block: int, tokens: int, kind: StepKind
+) -> None:
+    generator = torch.Generator().manual_seed(rows * 131 + blocks)
+    values = torch.randn(rows, blocks * block, generator=generator)
+    matrix = make_matrix(values, "int8", CPU, block)
+    assert isinstance(matrix, Int8Matrix)
+    step = values.reshape(rows, blocks, block).abs().amax(-1, keepdim=True) / 127
+    bound = step.expand(rows, blocks, block).reshape(rows, -1) * 0.51
+    assert ((matrix.dequantize(0, rows) - values).abs() <= bound + 1e-6).all()
+    x = torch.randn(tokens, blocks * block, generator=generator)
+    exact = x @ values.T
+    # bfloat16 rounds activations and weights to 8 bits each.
+    allowed = x.abs() @ (bound + values.abs() * 2**-7).T + exact.abs() * 2**-7 + 1e-5
+    assert ((matrix.multiply(x, kind) - exact).abs() <= allowed).all()
+
+
+def test_q8_0_blocks_are_taken_over_without_a_second_rounding() -> None:
+    values = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
+    found = Int8Matrix.from_q8_0(raw.reshape(-1), 5, 96).dequantize(0, 5).numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_split_changes_no_rounding_of_the_weights(dtype: str, tmp_path: Path) -> None:
+    """Only the order of additions may differ between one device and three."""
+    save_tiny_llama(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    shape = PlanShape.from_config(checkpoint.config)
+    ids = list(range(30))
+    one = OneProcess(checkpoint, single(shape, "a/cpu"), dtype).logits(ids)  # type: ignore[arg-type]
+    three = OneProcess(checkpoint, even(shape, ["a/cpu", "b/cpu", "c/cpu"]), dtype).logits(ids)  # type: ignore[arg-type]
+    exact = OneProcess(checkpoint, single(shape, "a/cpu")).logits(ids)
+    spread = np.abs(one - exact).max()
+    assert spread > 0, "the format rounds nothing, so this test proves nothing"
+    assert np.abs(one - three).max() <= max(spread, 2e-5)

@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +33,7 @@ ROOT = Path(__file__).resolve().parent
 STAMP_NAME = "shardmix-setup.json"
 LOG_NAME = "shardmix-setup.log"
 APT_SECONDS = 900
+FULL_DISK_BYTES = 64 << 20
 
 # Shared library -> Debian package, as the Qt wheels link them.
 QT_LIBRARIES = {
@@ -114,6 +114,9 @@ def main(arguments: list[str]) -> int:
         return start(*child_command(arguments, has_display()))
     except SetupError as error:
         say(f"error: {error}.")
+        return 1
+    except OSError as error:
+        say(f"error: {error.filename or 'this computer'}: {error.strerror}.")
         return 1
     except KeyboardInterrupt:
         say("interrupted")
@@ -299,7 +302,9 @@ def install_project(venv: Path) -> None:
             text = log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             text = ""
-        reason = known_failure(text, venv) or f"pip ended with code {code}"
+        reason = (
+            known_failure(text, venv) or f"pip ended with code {code} {last_error(text)}".strip()
+        )
         raise SetupError(f"the packages could not be installed: {reason}. Details: {log}")
 
 
@@ -321,12 +326,9 @@ def run_pip(command: list[str]) -> int:
         errors="replace",
     )
     assert process.stdout is not None
-    last_lines: deque[str] = deque(maxlen=12)
     try:
         for line in process.stdout:
-            text = line.strip()
-            last_lines.append(text)
-            news = pip_news(text)
+            news = pip_news(line.strip())
             if news:
                 say(news)
         code = process.wait()
@@ -334,9 +336,6 @@ def run_pip(command: list[str]) -> int:
         process.terminate()
         process.wait()
         raise
-    if code:
-        for text in last_lines:
-            print(text, file=sys.stderr)
     return code
 
 
@@ -354,10 +353,19 @@ def pip_news(line: str) -> str | None:
 
 def known_failure(text: str, venv: Path) -> str | None:
     """What to tell a person about a failure that a log describes."""
+    # A full disk may have had no room for the log either.
+    if shutil.disk_usage(venv.parent).free < FULL_DISK_BYTES:
+        return PIP_FAILURES[0][1]
     for sign, advice in PIP_FAILURES:
         if sign in text:
             return advice.format(venv=venv)
     return None
+
+
+def last_error(text: str) -> str:
+    """The last error in pip's log, in brackets; empty where there is none."""
+    errors = [line.partition("ERROR: ")[2] for line in text.splitlines() if "ERROR: " in line]
+    return f"({errors[-1].strip().rstrip('.')})" if errors else ""
 
 
 # --- The system's libraries -----------------------------------------------------------------------

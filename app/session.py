@@ -22,6 +22,7 @@ from engine.host.messages import (
     AddSimulatedNodes,
     ApplyPlan,
     CallFailed,
+    Cancel,
     Done,
     DtypeChoice,
     Finished,
@@ -158,6 +159,10 @@ class Session(QObject):
             self._handlers[request_id] = on_event
         self._bridge.post(make(request_id))
         return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """End a call early; its last event still comes."""
+        self._bridge.post(Cancel(request_id=request_id))
 
     def open_model(self, path: str | None) -> None:
         """Open a file or folder; None opens the default model."""

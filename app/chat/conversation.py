@@ -15,7 +15,6 @@ from app.session import Session
 from engine.cluster.messages import Message as EngineMessage
 from engine.host.messages import (
     CallFailed,
-    Cancel,
     ChatTurn,
     Finished,
     Generate,
@@ -147,14 +146,7 @@ class Conversation(QObject):
     def stop(self) -> None:
         """End the answer under way; what was written stays."""
         if self.is_answering:
-            target = self._request_id
-
-            def make(request_id: int) -> EngineMessage:
-                # A cancel is not a call of its own: it names the call that it ends.
-                del request_id
-                return Cancel(request_id=target)
-
-            self._session.call(make)
+            self._session.cancel(self._request_id)
 
     def regenerate(self) -> None:
         """Answer the last question once more."""

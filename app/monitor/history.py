@@ -128,17 +128,16 @@ class History:
         # Bins stand still in absolute time, so that their heights do not shimmer while they move.
         first = np.floor(now / width) - num_bins + 1
         rows = _recent(ring.view(), first * width)
-        # A sample belongs to the bins it covers; at most a few each.
-        for time_s, seconds, *spent in rows:
-            start, end = (time_s - seconds) / width, time_s / width
-            for index in range(int(np.floor(start)), int(np.floor(end)) + 1):
-                overlap = min(end, index + 1) - max(start, index)
-                place = int(index - first)
-                if overlap > 0 and 0 <= place < num_bins:
-                    bins[place] += np.asarray(spent) * (overlap * width / seconds)
-        bins /= width
-        sums = bins.sum(axis=1, keepdims=True)
-        return bins / np.maximum(sums, 1.0)
+        if not len(rows):
+            return bins
+        edges = (first + np.arange(num_bins + 1)) * width
+        # Time spent up to the start and the end of every sample, read off at the bins' edges.
+        knots = np.maximum.accumulate(np.stack([rows[:, 0] - rows[:, 1], rows[:, 0]], 1).ravel())
+        for kind in range(len(KINDS)):
+            spent = np.cumsum(rows[:, 2 + kind])
+            totals = np.stack([spent - rows[:, 2 + kind], spent], 1).ravel()
+            bins[:, kind] = np.diff(np.interp(edges, knots, totals)) / width
+        return bins / np.maximum(bins.sum(axis=1, keepdims=True), 1.0)
 
     def totals(self, now: float, window: float = 2.0) -> list[DeviceTotals]:
         """How every device spent the last moment of work; empty when nothing ran."""

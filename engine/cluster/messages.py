@@ -61,7 +61,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 # ---- engine host <-> worker ------------------------------------------------------------------
 
 
-class DeviceInfo(Message):
+class DeviceInfo(Message, frozen=True):
     """One CPU or GPU of a node."""
 
     device: str
@@ -71,11 +71,11 @@ class DeviceInfo(Message):
     memory_bytes: int
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First word of the engine host; the worker answers with NodeDescription."""
 
 
-class NodeDescription(Message):
+class NodeDescription(Message, frozen=True):
     """Who a worker is and what it can compute on."""
 
     name: str
@@ -86,7 +86,7 @@ class NodeDescription(Message):
     devices: tuple[DeviceInfo, ...]
 
 
-class StartRunner(Message):
+class StartRunner(Message, frozen=True):
     """Start the runner of one device; answered by RunnerStarted or RunnerExited.
 
     Attributes:
@@ -97,7 +97,7 @@ class StartRunner(Message):
     listen_address: str
 
 
-class RunnerStarted(Message):
+class RunnerStarted(Message, frozen=True):
     """Where a new runner listens, and the key it made for this start."""
 
     device: str
@@ -107,13 +107,13 @@ class RunnerStarted(Message):
     public_key: bytes
 
 
-class StopRunner(Message):
+class StopRunner(Message, frozen=True):
     """End the runner of one device."""
 
     device: str
 
 
-class RunnerExited(Message):
+class RunnerExited(Message, frozen=True):
     """A runner ended; `cause` is one line: exit code or signal, and its last words."""
 
     device: str
@@ -121,7 +121,7 @@ class RunnerExited(Message):
     cause: str
 
 
-class ProcessUsage(Message):
+class ProcessUsage(Message, frozen=True):
     """CPU (100 = one core) and resident memory of one process."""
 
     role: str
@@ -130,7 +130,7 @@ class ProcessUsage(Message):
     memory_bytes: int
 
 
-class Telemetry(Message):
+class Telemetry(Message, frozen=True):
     """What a node is doing right now; rates are over the time since the last one."""
 
     cpu_percent: float
@@ -141,14 +141,14 @@ class Telemetry(Message):
     processes: tuple[ProcessUsage, ...]
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """End yourself and everything you started."""
 
 
 # ---- engine host <-> runner ------------------------------------------------------------------
 
 
-class Peer(Message):
+class Peer(Message, frozen=True):
     """A runner of this epoch, as the others need to know it."""
 
     device_index: int
@@ -156,7 +156,7 @@ class Peer(Message):
     public_key: bytes
 
 
-class TensorFormatInfo(Message):
+class TensorFormatInfo(Message, frozen=True):
     """Format and shape of one canonical tensor in the engine host's checkpoint."""
 
     name: str
@@ -164,7 +164,7 @@ class TensorFormatInfo(Message):
     shape: tuple[int, ...]
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Take a share of a plan: fetch its weights, connect to its peers, answer Loaded."""
 
     epoch: int
@@ -179,7 +179,7 @@ class Load(Message):
     peers: tuple[Peer, ...]
 
 
-class WeightRequest(Message):
+class WeightRequest(Message, frozen=True):
     """A runner asks for a slice in file format; bounds in elements along `axis`."""
 
     epoch: int
@@ -189,7 +189,7 @@ class WeightRequest(Message):
     end: int
 
 
-class WeightSlice(Message):
+class WeightSlice(Message, frozen=True):
     """Answer to WeightRequest; one uint8 frame with the slice in file format."""
 
     epoch: int
@@ -199,7 +199,7 @@ class WeightSlice(Message):
     end: int
 
 
-class LoadProgress(Message):
+class LoadProgress(Message, frozen=True):
     """Bytes of weights received so far, in file format."""
 
     epoch: int
@@ -207,14 +207,14 @@ class LoadProgress(Message):
     total_bytes: int
 
 
-class Loaded(Message):
+class Loaded(Message, frozen=True):
     """The share is ready to compute."""
 
     epoch: int
     weight_bytes: int
 
 
-class SlotOperation(Message):
+class SlotOperation(Message, frozen=True):
     """Change to a slot's KV, before the step computes.
 
     Attributes:
@@ -226,7 +226,7 @@ class SlotOperation(Message):
     length: int = 0
 
 
-class LogitsWanted(Message):
+class LogitsWanted(Message, frozen=True):
     """How much of the logits an answer carries, for each position that needs them.
 
     Attributes:
@@ -240,7 +240,7 @@ class LogitsWanted(Message):
     temperatures: tuple[float, ...] = ()
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """One forward pass of a ragged batch.
 
     Tensors: float32 [T, width] input embeddings for devices of the first row, else none.
@@ -254,7 +254,7 @@ class Step(Message):
     logits: LogitsWanted
 
 
-class StepAnswer(Message):
+class StepAnswer(Message, frozen=True):
     """What one device did in a step.
 
     Tensors, for a device with a share of the head and N positions that need logits:
@@ -272,20 +272,20 @@ class StepAnswer(Message):
     received_bytes: int
 
 
-class FetchLogits(Message):
+class FetchLogits(Message, frozen=True):
     """Ask for the full logits of the last step; answered by a StepAnswer in form "full"."""
 
     epoch: int
     step_id: int
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Give up every step of epochs up to this one; wakes whoever waits in an exchange."""
 
     epoch: int
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """A request could not be served; `error` is a class name of engine.errors."""
 
     epoch: int
@@ -296,7 +296,7 @@ class Failed(Message):
 # ---- runner -> runner ------------------------------------------------------------------------
 
 
-class HandOver(Message):
+class HandOver(Message, frozen=True):
     """Sent after plan row `row` to a device of the next row.
 
     Tensors: the partial sum [N, width] in the plan's wire format if `has_partial`, then the

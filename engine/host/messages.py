@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # ---- calls -----------------------------------------------------------------------------------
 
 
-class OpenModel(Message):
+class OpenModel(Message, frozen=True):
     """Open a model file or folder (None: the default model, fetched if need be).
 
     Progress arrives as `Progress`; success as `ModelOpened`, then `Done`. The plan in force is
@@ -33,21 +33,21 @@ class OpenModel(Message):
     num_threads: int | None = None
 
 
-class AddSimulatedNodes(Message):
+class AddSimulatedNodes(Message, frozen=True):
     """Start worker processes local-1 … local-N on this computer, up to `count` in all."""
 
     request_id: int
     count: int
 
 
-class AddNode(Message):
+class AddNode(Message, frozen=True):
     """Connect to a worker on another computer by the join token it printed."""
 
     request_id: int
     token: str
 
 
-class ApplyPlan(Message):
+class ApplyPlan(Message, frozen=True):
     """Put a plan in force: start runners, move weights, then answer requests with it.
 
     Running answers pause and go on under the new plan. Ends in `PlanApplied`, then `Done`.
@@ -57,7 +57,7 @@ class ApplyPlan(Message):
     plan: Plan
 
 
-class SamplingSettings(Message):
+class SamplingSettings(Message, frozen=True):
     """How the next token is chosen; temperature 0 is greedy.
 
     Attributes:
@@ -72,14 +72,14 @@ class SamplingSettings(Message):
     seed: int | None = None
 
 
-class ChatTurn(Message):
+class ChatTurn(Message, frozen=True):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Continue a conversation, or a raw prompt when `raw_prompt` is given.
 
     Attributes:
@@ -96,14 +96,14 @@ class Generate(Message):
     ignore_eos: bool = False
 
 
-class ComputeLogits(Message):
+class ComputeLogits(Message, frozen=True):
     """Raw logits for every position of `ids`; arrive as `LogitsRows`, in order."""
 
     request_id: int
     ids: tuple[int, ...]
 
 
-class Benchmark(Message):
+class Benchmark(Message, frozen=True):
     """Measure prefill and decode speed on the plan in force; ends in `Finished`."""
 
     request_id: int
@@ -111,7 +111,7 @@ class Benchmark(Message):
     generated_tokens: int = 64
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """End the call `request_id`; it ends with finish reason "cancelled"."""
 
     request_id: int
@@ -125,13 +125,13 @@ CALLS = (
 # ---- events ----------------------------------------------------------------------------------
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """A call ended well."""
 
     request_id: int
 
 
-class CallFailed(Message):
+class CallFailed(Message, frozen=True):
     """A call ended with an error told in one line; `error` is a class name of engine.errors."""
 
     request_id: int
@@ -139,7 +139,7 @@ class CallFailed(Message):
     message: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Something that takes its time. `total` 0 means unknown.
 
     Attributes:
@@ -154,7 +154,7 @@ class Progress(Message):
     total: int
 
 
-class ModelOpened(Message):
+class ModelOpened(Message, frozen=True):
     """A model's metadata is read."""
 
     request_id: int
@@ -167,14 +167,14 @@ class ModelOpened(Message):
     warning: str | None = None
 
 
-class PlanApplied(Message):
+class PlanApplied(Message, frozen=True):
     """A plan is in force."""
 
     epoch: int
     plan: Plan
 
 
-class TokensGenerated(Message):
+class TokensGenerated(Message, frozen=True):
     """New text of an answer: one or more tokens; `text` never ends inside a character."""
 
     request_id: int
@@ -182,7 +182,7 @@ class TokensGenerated(Message):
     text: str
 
 
-class DeviceUsage(Message):
+class DeviceUsage(Message, frozen=True):
     """What one device did for a request, or in a stretch of time."""
 
     device: str
@@ -192,7 +192,7 @@ class DeviceUsage(Message):
     network_bytes: int
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     """A generation ended.
 
     Attributes:
@@ -213,14 +213,14 @@ class Finished(Message):
     plan: Plan
 
 
-class LogitsRows(Message):
+class LogitsRows(Message, frozen=True):
     """Tensors: float32 [rows, vocab_size] for positions from `first_position` on."""
 
     request_id: int
     first_position: int
 
 
-class NodeDevice(Message):
+class NodeDevice(Message, frozen=True):
     """A device as the window lists it. `in_use`: it has a share in the plan in force."""
 
     device: str
@@ -230,7 +230,7 @@ class NodeDevice(Message):
     in_use: bool
 
 
-class NodeState(Message):
+class NodeState(Message, frozen=True):
     """A node as the window lists it; figures are None until the worker has measured them."""
 
     name: str
@@ -248,13 +248,13 @@ class NodeState(Message):
     network_out_bytes_per_second: float | None = None
 
 
-class NodesChanged(Message):
+class NodesChanged(Message, frozen=True):
     """All nodes; sent when one changes and at least once a second."""
 
     nodes: tuple[NodeState, ...]
 
 
-class Throughput(Message):
+class Throughput(Message, frozen=True):
     """What the steps of the last stretch of time did; sent about 8 times a second while busy.
 
     Attributes:
@@ -269,7 +269,7 @@ class Throughput(Message):
     devices: tuple[DeviceUsage, ...]
 
 
-class PlanLost(Message):
+class PlanLost(Message, frozen=True):
     """The plan in force can no longer run; `message` names the device, its layers and the cause."""
 
     message: str

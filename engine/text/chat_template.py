@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,14 @@ from typing import Self, cast
 import msgspec
 
 from engine.errors import PromptError
+from engine.text.chat_masks import (
+    Masks,
+    Pieces,
+    hide_everything,
+    hide_symbols,
+    hide_tokens,
+    symbol_pattern,
+)
 from engine.text.tokenizer import Tokenizer, check_text, literal_pattern
 from engine.weights.mapped import one_line
 
@@ -105,15 +112,15 @@ class ChatTemplate:
         """Render a conversation.
 
         Args:
-            messages: in order, at most MAX_MESSAGES.
+            messages: in order, 1 to MAX_MESSAGES.
             add_generation_prompt: whether to open a turn of the assistant.
         Returns: text in which control tokens are still written out.
         Raises: PromptError: the template refuses the conversation, is not allowed to do what it
             does, is wrong, takes too long or writes too much.
         """
-        if len(messages) > MAX_MESSAGES:
+        if not 1 <= len(messages) <= MAX_MESSAGES:
             raise PromptError(
-                f"the conversation has {len(messages):,} messages, the limit is {MAX_MESSAGES:,}"
+                f"the conversation has {len(messages):,} messages; 1 to {MAX_MESSAGES:,} are taken"
             )
         for message in messages:
             if not _ROLE.fullmatch(message.role):
@@ -232,61 +239,6 @@ def _explain(kind: str, text: str) -> str:
     return f"the chat template of this model is wrong: {shown}; use another model"
 
 
-class _Masks:
-    """Private words that stand for pieces of a person's text while the template runs."""
-
-    def __init__(self) -> None:
-        self._nonce = "q" + secrets.token_hex(16)
-        self._texts: list[str] = []
-        self._pattern = re.compile(self._nonce + r"x(\d+)z")
-
-    def hide(self, text: str) -> str:
-        """The word that stands for a text."""
-        self._texts.append(text)
-        return f"{self._nonce}x{len(self._texts) - 1}z"
-
-    def split(self, text: str) -> tuple[list[str], list[bool]]:
-        """Cut at the words. Returns: parts with the words undone, and which of them were words."""
-        pieces = self._pattern.split(text)
-        parts = [self._texts[int(piece)] if k % 2 else piece for k, piece in enumerate(pieces)]
-        return parts, [k % 2 == 1 for k in range(len(pieces))]
-
-
-def _partial_ends(text: str, protected: Sequence[str]) -> tuple[int, int]:
-    """Characters at the start and the end of a text that text around it could complete.
-
-    Returns: how many at the start are the end of a protected text, how many at the end are the
-    start of one.
-    """
-    start = end = 0
-    for token in protected:
-        for size in range(1, min(len(token), len(text) + 1)):
-            if size > start and text.startswith(token[-size:]):
-                start = size
-            if size > end and text.endswith(token[:size]):
-                end = size
-    return start, end
-
-
-def _masked(content: str, pattern: re.Pattern[str], protected: Sequence[str], masks: _Masks) -> str:
-    """Hide what could become a protected token, whole ones and ones cut by the content's border."""
-    inner = content.strip()  # templates trim, which must go on working
-    if not inner:
-        return content
-    first = content.index(inner)
-    start, end = _partial_ends(inner, protected)
-    end_at = max(len(inner) - end, start)
-    middle = pattern.sub(lambda match: masks.hide(match.group()), inner[start:end_at])
-    head = masks.hide(inner[:start]) if start else ""
-    tail = masks.hide(inner[end_at:]) if end_at < len(inner) else ""
-    return content[:first] + head + middle + tail + content[first + len(inner) :]
-
-
-def _fully_masked(content: str, beginnings: re.Pattern[str], masks: _Masks) -> str:
-    """Hide every character that a protected token could begin with."""
-    return beginnings.sub(lambda match: masks.hide(match.group()), content)
-
-
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -295,46 +247,37 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation; only the template itself can write control tokens.
 
-    Pieces of the contents that are, or with the template's text could become, a protected token
-    are hidden behind random words while the template runs and come back as ordinary text. Where a
-    template takes contents apart, so that the protected tokens it yields depend on such pieces,
-    everything they could begin with is hidden.
+    A template that passes contents on as they are is given random words in their place, and the
+    contents come back as ordinary text. One that looks into contents sees them, with everything
+    hidden that is, or with text around it could become, a protected token; where pieces of
+    contents would still join into one, all characters that it needs are hidden too.
 
     Args:
         tokenizer: of the same model.
         template: of the same model.
-        messages: in order.
+        messages: in order, at least one.
         add_generation_prompt: whether to open a turn of the assistant.
     Returns: ids; BOS is there only if the template writes it.
-    Raises: PromptError: see `ChatTemplate.render`.
+    Raises: PromptError: see `ChatTemplate.render`; or the template takes hidden text apart.
     """
+
+    def render(masks: Masks, hide: Callable[[str], str]) -> Pieces:
+        hidden = [Message(turn.role, hide(turn.content)) for turn in messages]
+        return masks.split(template.render(hidden, add_generation_prompt))
+
+    masks = Masks()
+    opaque = render(masks, lambda content: hide_everything(content, masks))
+    if opaque.is_whole and opaque.text() == template.render(messages, add_generation_prompt):
+        return tokenizer.encode_mixed(opaque.parts, is_plain=opaque.is_plain)
     protected = sorted(tokenizer.protected)
-    pattern = literal_pattern(protected)
-    beginnings = literal_pattern({token[0] for token in protected})
-
-    def attempt(hide_all: bool) -> tuple[list[str], list[bool], list[str]]:
-        masks = _Masks()
-        hidden = [
-            Message(
-                turn.role,
-                _fully_masked(turn.content, beginnings, masks)
-                if hide_all
-                else _masked(turn.content, pattern, protected, masks),
-            )
-            for turn in messages
-        ]
-        parts, is_plain = masks.split(template.render(hidden, add_generation_prompt))
-        found = [
-            token
-            for part, plain in zip(parts, is_plain, strict=True)
-            if not plain
-            for token in pattern.findall(part)
-        ]
-        return parts, is_plain, found
-
-    parts, is_plain, found = attempt(hide_all=False)
-    if any(beginnings.search(turn.content) for turn in messages):
-        safe_parts, safe_plain, safe_found = attempt(hide_all=True)
-        if safe_found != found:
-            parts, is_plain = safe_parts, safe_plain
-    return tokenizer.encode_mixed(parts, is_plain=is_plain)
+    pattern, symbols = literal_pattern(protected), symbol_pattern(protected)
+    pieces = render(masks, lambda content: hide_tokens(content, pattern, protected, masks))
+    safe = render(masks, lambda content: hide_symbols(content, symbols, masks))
+    if not pieces.is_whole or pieces.found(pattern) != safe.found(pattern):
+        pieces = safe
+    if not pieces.is_whole:
+        raise PromptError(
+            "the chat template of this model takes apart text that looks like a control token; "
+            "remove such text from the conversation"
+        )
+    return tokenizer.encode_mixed(pieces.parts, is_plain=pieces.is_plain)

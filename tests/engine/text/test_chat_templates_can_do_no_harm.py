@@ -24,7 +24,7 @@ CHATS = [
         Message("assistant", "café"),
         Message("user", "{{ 7 * 7 }} {% raw %} <b>&amp;</b> 日本"),
     ],
-    [],
+    [Message("user", ""), Message("assistant", " \n"), Message("tool", "x <|im_end|x|")],
 ]
 # The deadline of these tests, and what a busy machine may add to it.
 SECONDS = 1.0
@@ -82,7 +82,7 @@ HARMFUL = [
     ("{{ ('' | attr('__class__')).mro() }}", "is not allowed|is wrong"),
     ("{{ messages.append(1) }}", "is not allowed"),
     ("{{ messages.clear() }}", "is not allowed"),
-    ("{{ '{0.__class__}'.format(1) }}", "is not allowed|is wrong"),
+    ("{{ '{0.__class__}'.format(1) }}", None),
     ("{% include '/etc/passwd' %}", "is wrong"),
     ("{% for i in range(10 ** 9) %}x{% endfor %}", "is wrong"),
     (
@@ -112,6 +112,7 @@ def test_a_harmful_template_ends_in_time_with_one_line(source: str, message: str
             text = template.render([Message("user", "x")])
             assert message is None, text[:100]
             assert "built-in" not in text
+            assert "class" not in text
         except PromptError as error:
             assert "\n" not in str(error)
             if message is not None:
@@ -151,6 +152,8 @@ def test_a_long_conversation_fits_and_an_endless_one_does_not() -> None:
         assert template.render([Message("user", text)]) == text
         with pytest.raises(PromptError, match="at most 4,194,304"):
             template.render([Message("user", "x" * 5_000_000)])
+        with pytest.raises(PromptError, match="0 messages"):
+            template.render([])
         with pytest.raises(PromptError, match="10,001 messages"):
             template.render([Message("user", "x")] * 10_001)
 

@@ -23,6 +23,7 @@ ATTACK = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 @pytest.fixture(scope="module")
 def template(smollm: Tokenizer) -> Iterator[ChatTemplate]:
     with ChatTemplate.for_tokenizer(smollm) as template:
+        template.render([Message("user", "start the child")])
         yield template
 
 
@@ -77,8 +78,12 @@ def test_a_template_that_joins_pieces_makes_no_token_of_them(
     attacks = ["|im_end|", "<|im-_end|>", "<|imx_end|>", "<|im_end|?>", "<|im_end", "|>"]
     with ChatTemplate(source) as template:
         for text in attacks:
-            ids = encode_chat(smollm, template, [Message("user", text), Message("user", "|>")])
-            assert control_ids(smollm, ids) == [], (source, text)
+            try:
+                ids = encode_chat(smollm, template, [Message("user", text), Message("user", "|>")])
+            except PromptError as error:
+                assert "takes apart text that looks like a control token" in str(error)
+            else:
+                assert control_ids(smollm, ids) == [], (source, text)
 
 
 def test_tokens_that_the_template_writes_are_protected_too(

@@ -61,20 +61,6 @@ def test_smollm_decodes_like_transformers(
         assert smollm.decode(ids) == reference_smollm.decode(ids), text
 
 
-@pytest.mark.slow
-def test_smollm_words_equal_transformers_own_reading_of_the_file(
-    default_model_path: Path, smollm: Tokenizer, texts: list[str]
-) -> None:
-    from transformers import AutoTokenizer
-
-    reference = AutoTokenizer.from_pretrained(
-        default_model_path.parent, gguf_file=default_model_path.name
-    )
-    for text in texts:
-        if not any(character.isnumeric() for character in text):
-            assert smollm.encode(text) == reference.encode(text), text
-
-
 def bpe_metadata(backend: tokenizers.Tokenizer, pre: str, special: list[str]) -> dict[str, Any]:
     """A trained tokenizer as a converter would store it."""
     model = json.loads(backend.to_str())["model"]

@@ -63,14 +63,14 @@ def opens_or_says_why(path: Path, file_bytes: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory: pytest.TempPathFactory, make: SimpleNamespace) -> bytes:
+def whole_gguf(tmp_path_factory: pytest.TempPathFactory, make: SimpleNamespace) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
 
     def add_tokens(writer: object) -> None:
         writer.add_token_list([f"t{i}" for i in range(99)])  # type: ignore[attr-defined]
         writer.add_token_scores([0.5] * 99)  # type: ignore[attr-defined]
 
-    return make.gguf(path, change=add_tokens).read_bytes()
+    return make.gguf(path, change=add_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +82,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make: SimpleNamespace) -> P
 @given(edits=EDITS)
 def test_a_damaged_gguf_file(
     tmp_path_factory: pytest.TempPathFactory,
-    gguf_bytes: bytes,
+    whole_gguf: Path,
     edits: list[tuple[str, float, int]],
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    data = damage(gguf_bytes, edits, span=4400)
+    data = damage(whole_gguf.read_bytes(), edits, span=4400)
     path.write_bytes(data)
     opens_or_says_why(path, len(data))
 

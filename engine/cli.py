@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from engine.cluster.messages import Message
+from engine.decode.sampling import validate_sampling
 from engine.errors import ConfigError, EngineError
 from engine.host import messages as api
 from engine.plan.plan_file import plan_to_toml
@@ -124,7 +125,7 @@ class _ProgressDisplay:
 
     def _tell(self, message: api.Progress) -> None:
         """One line per phase where nobody watches a bar."""
-        if message.phase in ("fetch", "start") and message.phase not in self._told:
+        if message.phase == "fetch" and message.phase not in self._told:
             self._told.add(message.phase)
             self._console.print(_phase_text(message), soft_wrap=True)
 
@@ -254,6 +255,11 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+
+    try:
+        validate_sampling(sampling)
+    except EngineError as error:
+        _fail(error)
 
     def work(session: Session, display: _ProgressDisplay) -> None:
         session.listen(_printer(display) if not as_json else display.show)
@@ -442,12 +448,16 @@ def _read_text(path: Path | None) -> str:
         raise ConfigError(f"--ids-file {path} cannot be read: {error}") from error
 
 
+def _on_terminate(_number: int, _frame: object) -> None:
+    sys.exit(143)
+
+
 def main() -> None:
     """Entry of `shardmix`."""
     with contextlib.suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     # A terminated command cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _on_terminate)
     try:
         app()
     except KeyboardInterrupt:

@@ -154,9 +154,7 @@ class EngineClient:
                 ):
                     return message
             if deadline is not None and time.monotonic() > deadline:
-                raise EngineError(
-                    f"{type(call).__name__} took longer than {timeout_seconds:.0f} s"
-                )
+                raise EngineError(f"{type(call).__name__} took longer than {timeout_seconds:.0f} s")
 
     def close(self) -> None:
         """End the host and everything it started; returns when it is gone."""

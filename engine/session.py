@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +65,7 @@ class Session:
             self.model = self._open(options)
             shape = PlanShape.from_config(self.model.config)
             if options.num_workers:
-                self._run(
-                    api.AddSimulatedNodes(request_id=self._id(), count=options.num_workers)
-                )
+                self._run(api.AddSimulatedNodes(request_id=self._id(), count=options.num_workers))
             for token in options.nodes:
                 self._run(api.AddNode(request_id=self._id(), token=token))
             self.plan = _choose_plan(options, shape)
@@ -76,7 +74,7 @@ class Session:
             self.client.close()
             raise
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         """The session itself."""
         return self
 

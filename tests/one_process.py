@@ -54,7 +54,7 @@ class OneProcess:
         )
         plan = self.plan
         with torch.inference_mode():
-            x = torch.from_numpy(self.checkpoint.read_rows("embedding", ids).copy())
+            x = torch.as_tensor(self.checkpoint.read_rows("embedding", ids).copy())
             batches = {i: s.batch(kind, (segment,)) for i, s in self.shards.items()}
             for row in range(plan.shape.head_row):
                 parts = [self.shards[i].part(row, x, batches[i]) for i in plan.group(row)]

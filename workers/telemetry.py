@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -50,8 +51,9 @@ def list_devices(node_name: str) -> tuple[DeviceInfo, ...]:
 
 
 def _list_gpus(node_name: str) -> list[DeviceInfo]:
-    import pynvml
+    import pynvml as untyped  # pyright: ignore[reportMissingTypeStubs]
 
+    pynvml: Any = untyped
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

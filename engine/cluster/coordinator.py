@@ -96,9 +96,7 @@ class _Link:
 
     def __init__(self, context: zmq.Context[Any], keys: KeyPair, address: RunnerAddress) -> None:
         self.address = address
-        socket = connect(
-            context, zmq.DEALER, keys, address.public_key, address.control_endpoint
-        )
+        socket = connect(context, zmq.DEALER, keys, address.public_key, address.control_endpoint)
         self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
         self.monitor = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED

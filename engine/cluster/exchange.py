@@ -154,9 +154,7 @@ class Exchange:
             return None
         return self._receive(step_id, row, table, x, own, rows)
 
-    def _send(
-        self, step_id: int, row: int, table: RowHandOver, x: Activations, own: Array
-    ) -> None:
+    def _send(self, step_id: int, row: int, table: RowHandOver, x: Activations, own: Array) -> None:
         first = table.contributors[0]
         is_alone = len(table.contributors) == 1
         # One contributor: the sum is its own part, so one finished tensor is enough.

@@ -120,9 +120,7 @@ class Loader:
         if len(self._tensors[chunk.name].shape) == 1:
             raw[0] = data
         elif chunk.axis == 0:
-            raw[chunk.start - wide.start : chunk.end - wide.start] = data.reshape(
-                -1, raw.shape[1]
-            )
+            raw[chunk.start - wide.start : chunk.end - wide.start] = data.reshape(-1, raw.shape[1])
         else:
             format_name = self._tensors[chunk.name].format
             start = num_bytes(format_name, (chunk.start - wide.start,))

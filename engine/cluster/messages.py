@@ -318,6 +318,9 @@ RUNNER_SENDS = WeightRequest | LoadProgress | Loaded | StepAnswer | Failed
 
 M = TypeVar("M")
 
+# Reads the version of a message that is otherwise unknown.
+VERSION_DECODER = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw])
+
 
 class Codec(Generic[M]):
     """Encodes any message; decodes only the union it was made for."""
@@ -355,7 +358,7 @@ class Codec(Generic[M]):
             )
         try:
             version, message, specs = self._decoder.decode(header)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._refuse_other_version(header)
             first = header[:2].hex(" ")
             raise ProtocolError(
@@ -374,10 +377,10 @@ class Codec(Generic[M]):
     @staticmethod
     def _refuse_other_version(header: memoryview) -> None:
         try:
-            version = msgspec.msgpack.decode(header)[0]
-        except (msgspec.DecodeError, RecursionError, TypeError, IndexError, KeyError):
+            version, *_ = VERSION_DECODER.decode(header)
+        except (msgspec.DecodeError, RecursionError):
             return
-        if isinstance(version, int) and version != PROTOCOL_VERSION:
+        if version != PROTOCOL_VERSION:
             raise PeerRefused(
                 f"the peer speaks protocol version {version}, this end {PROTOCOL_VERSION}: "
                 "install the same version of shardmix on both"

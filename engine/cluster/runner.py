@@ -135,9 +135,7 @@ class Runner:
 
     def _fail(self, error: EngineError) -> None:
         logger.warning("%s: %s", type(error).__name__, error)
-        self._send(
-            m.Failed(epoch=self._epoch, error=type(error).__name__, message=str(error))
-        )
+        self._send(m.Failed(epoch=self._epoch, error=type(error).__name__, message=str(error)))
 
     def _handle(self, message: m.Message, tensors: list[m.Array]) -> None:
         if isinstance(message, m.Load):
@@ -393,7 +391,7 @@ class Runner:
     def _to_device(self, array: m.Array) -> torch.Tensor:
         # A frame is read-only; torch wants memory of its own.
         writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
-        return torch.from_numpy(writable).to(self._torch_device)
+        return torch.as_tensor(writable).to(self._torch_device)
 
 
 def _check_segments(step: m.Step, shard: ModelShard) -> int:

@@ -127,7 +127,7 @@ class Channel(Generic[M]):
         """Args: accepted: the union of messages this end takes."""
         self.socket = socket
         self._codec: Codec[M] = Codec(accepted)
-        self._is_router = socket.socket_type == zmq.ROUTER
+        self._is_router = socket.type == zmq.ROUTER
 
     def send(self, message: Message, tensors: Sequence[Array] = (), route: bytes = b"") -> int:
         """Queue a message.

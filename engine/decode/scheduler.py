@@ -12,7 +12,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -296,10 +297,10 @@ class Scheduler:
     def _choose_kind(self) -> StepKind:
         """Prompts and answers take turns, so that neither waits for the other to end."""
         kinds = {s.next_kind for s in self._running}
-        if len(kinds) == 1:
-            return kinds.pop()
-        if not kinds:
+        if "prompt" not in kinds:
             return "generated"
+        if "generated" not in kinds:
+            return "prompt"
         return "prompt" if self._last_kind == "generated" else "generated"
 
     def _piece(self, prompt: Sequence | None) -> int:
@@ -349,7 +350,9 @@ class Scheduler:
         self._measure(kind, [s for s, _ in batch], len(ids), seconds, answers)
         for sequence, _ in batch:
             if kind == "prompt":
-                sequence.on_prefill(min(sequence.num_computed, sequence.num_prompt), sequence.num_prompt)
+                sequence.on_prefill(
+                    min(sequence.num_computed, sequence.num_prompt), sequence.num_prompt
+                )
             if sequence.finish_reason is not None:
                 self._finish(sequence)
 
@@ -380,9 +383,7 @@ class Scheduler:
             assert token_id is not None
             sequence.accept(token_id)
 
-    def _candidates(
-        self, wanted: list[Sequence], answers: list[DeviceAnswer]
-    ) -> list[Candidates]:
+    def _candidates(self, wanted: list[Sequence], answers: list[DeviceAnswer]) -> list[Candidates]:
         assert self._load is not None
         plan = self._load.plan
         head = plan.shape.head_row
@@ -400,9 +401,7 @@ class Scheduler:
             m.expect_tensor(ids, "int64", (len(wanted), count), what)
             m.expect_tensor(values, "float32", (len(wanted), count), what)
             m.expect_tensor(log_sums, "float32", (len(wanted), 2), what)
-            asked_ids = [
-                [i for i in sorted(s.repeated_ids()) if first <= i < end] for s in wanted
-            ]
+            asked_ids = [[i for i in sorted(s.repeated_ids()) if first <= i < end] for s in wanted]
             total_asked = sum(len(a) for a in asked_ids)
             m.expect_tensor(asked_values, "float32", (total_asked,), what)
             if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):

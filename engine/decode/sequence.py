@@ -19,7 +19,7 @@ from engine.model.batch import StepKind
 class Detokenizer(Protocol):
     """Turns ids into text that never ends inside a character."""
 
-    def push(self, token_id: int) -> str:
+    def push(self, id: int, /) -> str:
         """The text that one more id completes."""
         ...
 

@@ -180,10 +180,10 @@ class EngineHost:
         if request_id in self._calls.routes:
             self._calls.cancelled.add(request_id)
             self.scheduler.cancel(request_id)
-            if self._apply is not None and self._apply.request_id == request_id:
-                if not self._apply.is_loading:
-                    self._apply = None
-                    self._fail(request_id, Cancelled("applying the plan was cancelled"))
+            job = self._apply
+            if job is not None and job.request_id == request_id and not job.is_loading:
+                self._apply = None
+                self._fail(request_id, Cancelled("applying the plan was cancelled"))
 
     def _send(self, request_id: int, event: Message, tensors: list[Array] | None = None) -> None:
         route = self._calls.routes.get(request_id)
@@ -214,7 +214,7 @@ class EngineHost:
         except EngineError as error:
             failure = error
             self._call_soon(lambda: self._fail(request_id, failure))
-        except Exception as error:  # noqa: BLE001 - a process border: one call must not end the host
+        except Exception as error:
             logger.exception("while serving %s", type(call).__name__)
             failure = EngineError(f"{type(call).__name__} failed: {type(error).__name__}: {error}")
             self._call_soon(lambda: self._fail(request_id, failure))
@@ -361,7 +361,9 @@ class EngineHost:
 
     def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
         """Runners that are there; starts the others where their node is ready."""
-        remote = next((n for d in used if (n := self._nodes.node_of(d)) and n.kind == "remote"), None)
+        remote = next(
+            (n for d in used if (n := self._nodes.node_of(d)) and n.kind == "remote"), None
+        )
         listen_address = "127.0.0.1"
         if remote is not None and remote.channel is not None:
             listen_address = self._address_towards(remote.channel)

@@ -118,7 +118,14 @@ class Cancel(Message, frozen=True):
 
 
 CALLS = (
-    OpenModel | AddSimulatedNodes | AddNode | ApplyPlan | Generate | ComputeLogits | Benchmark | Cancel
+    OpenModel
+    | AddSimulatedNodes
+    | AddNode
+    | ApplyPlan
+    | Generate
+    | ComputeLogits
+    | Benchmark
+    | Cancel
 )
 
 

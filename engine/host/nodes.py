@@ -156,9 +156,7 @@ class Nodes:
         self._call_soon(lambda: self._connect_child(node, address))
 
     def _connect_child(self, node: Node, address: Address) -> None:
-        self._connect(
-            node, self._keys, address.public_key.encode("ascii"), address.endpoints[0]
-        )
+        self._connect(node, self._keys, address.public_key.encode("ascii"), address.endpoints[0])
 
     def _connect(self, node: Node, keys: KeyPair, server_key: bytes, endpoint: str) -> None:
         if self._is_closing:
@@ -321,9 +319,7 @@ class Nodes:
         """
         return tuple(self._state(n, busy, loading, in_use) for n in self._nodes.values())
 
-    def _state(
-        self, node: Node, busy: set[str], loading: set[str], in_use: set[str]
-    ) -> NodeState:
+    def _state(self, node: Node, busy: set[str], loading: set[str], in_use: set[str]) -> NodeState:
         own = {self._own_name(node, d): info for d, info in node.devices().items()}
         state = node.state
         if state == "ready" and (own.keys() & loading or node.starting):

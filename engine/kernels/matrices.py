@@ -130,7 +130,7 @@ class Int8Matrix:
         blocks = raw.reshape(rows, columns // GROUP, 2 + GROUP)
         scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
         quants = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
-        return cls(torch.from_numpy(quants), torch.from_numpy(scales.copy()), columns, columns)
+        return cls(torch.as_tensor(quants), torch.as_tensor(scales), columns, columns)
 
     @property
     def num_bytes(self) -> int:

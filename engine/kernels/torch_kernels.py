@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from engine.model.batch import Segment, StepKind
 from engine.kernels.matrices import Matrix, has_bfloat16_units
 from engine.model.attention import attend
+from engine.model.batch import Segment, StepKind
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from engine.model.norm import rms_norm

@@ -18,7 +18,9 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+class ModelConfig(
+    msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True
+):
     """Sizes and constants of a LLaMA-style decoder.
 
     Attributes:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.cluster.messages import TensorFormatInfo
-from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.errors import ProtocolError
 from engine.kernels.matrices import Int8Matrix, Matrix, make_matrix
 from engine.kernels.torch_kernels import (
@@ -28,6 +27,7 @@ from engine.kernels.torch_kernels import (
     mlp_part,
 )
 from engine.model.attention import kv_groups
+from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from engine.model.rope import RopeTable
@@ -109,7 +109,7 @@ class WeightStore:
         wides = [self.stored_slice(s) for s in key.slices]
         if len(infos[0].shape) == 1:
             values = dequantize(infos[0].format, raw[0], infos[0].shape)
-            self.packed[key] = torch.from_numpy(values).to(self._device)
+            self.packed[key] = torch.as_tensor(values).to(self._device)
             return
         is_whole = all(s == w for s, w in zip(key.slices, wides, strict=True))
         is_q8_0 = all(info.format == "Q8_0" for info in infos)
@@ -128,7 +128,7 @@ class WeightStore:
             if narrow.axis == 1:
                 values = values[:, narrow.start - wide.start : narrow.end - wide.start]
             end = start + values.shape[0]
-            joined_values[start:end] = torch.from_numpy(values)
+            joined_values[start:end] = torch.as_tensor(values)
             start = end
         block = key.column_block or columns
         self.packed[key] = make_matrix(joined_values, self._dtype, self._device, block)

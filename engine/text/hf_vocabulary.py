@@ -39,29 +39,38 @@ def _object(path: Path, value: object, what: str) -> Json:
     return cast("Json", value)
 
 
+def _list(path: Path, value: object, what: str) -> list[Any]:
+    """A JSON array; null or nothing is an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path}: {what} {one_line(value)} is not a JSON array")
+    return cast("list[Any]", value)
+
+
 def _kind(path: Path, decoder: object) -> Literal["byte_level", "sentencepiece"]:
     """How tokens stand for bytes, by the decoder of the file."""
-    types: set[object] = set()
+    types: set[str] = set()
     waiting: list[object] = [decoder]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             entry = cast("Json", value)
-            types.add(entry.get("type"))
-            waiting.extend(cast("list[object]", entry.get("decoders") or []))
+            types.add(str(entry.get("type")))
+            waiting.extend(_list(path, entry.get("decoders"), "decoders"))
     if "ByteLevel" in types:
         return "byte_level"
     if types & {"ByteFallback", "Metaspace"}:
         return "sentencepiece"
     raise CheckpointError(
-        f"{path}: decoder of type {one_line(sorted(map(str, types)))} is not supported "
+        f"{path}: decoder of type {one_line(sorted(types))} is not supported "
         "(ByteLevel, ByteFallback, Metaspace)"
     )
 
 
 def _added_tokens(path: Path, data: Json) -> dict[int, Json]:
     found: dict[int, Json] = {}
-    for value in cast("list[object]", data.get("added_tokens") or []):
+    for value in _list(path, data.get("added_tokens"), "added_tokens"):
         entry = _object(path, value, "an added token")
         id, text = entry.get("id"), entry.get("content")
         if type(id) is not int or not 0 <= id < 1 << 22 or not isinstance(text, str) or not text:
@@ -85,7 +94,7 @@ def _vocab(path: Path, model: Json) -> dict[str, int]:
 def _kept_merges(path: Path, model: Json, protected: Mapping[str, int]) -> list[tuple[str, str]]:
     """The merges without those that touch or make a protected token."""
     kept: list[tuple[str, str]] = []
-    for value in cast("list[object]", model.get("merges") or []):
+    for value in _list(path, model.get("merges"), "merges"):
         pair = tuple(value.split(" ")) if isinstance(value, str) else value
         if not isinstance(pair, list | tuple) or len(cast("list[object]", pair)) != 2:
             raise CheckpointError(f"{path}: merge {one_line(value)} is not two tokens")
@@ -131,7 +140,7 @@ def _declared_ends(folder: Path, settings: Json) -> Iterable[int]:
     return []
 
 
-def _adds_bos(data: Json, settings: Json, bos: str | None) -> bool:
+def _adds_bos(path: Path, data: Json, settings: Json, bos: str | None) -> bool:
     """Whether the model wants a BOS: as declared, else as its post-processor does it."""
     declared = settings.get("add_bos_token")
     if isinstance(declared, bool):
@@ -142,10 +151,10 @@ def _adds_bos(data: Json, settings: Json, bos: str | None) -> bool:
         if not isinstance(value, dict):
             continue
         entry = cast("Json", value)
-        waiting.extend(cast("list[object]", entry.get("processors") or []))
-        single = cast("list[Json]", entry.get("single") or [])
+        waiting.extend(_list(path, entry.get("processors"), "processors"))
+        single = _list(path, entry.get("single"), "single")
         if entry.get("type") == "TemplateProcessing" and single:
-            first = single[0].get("SpecialToken")
+            first = _object(path, single[0], "single").get("SpecialToken")
             return isinstance(first, dict) and cast("Json", first).get("id") == bos
     return False
 
@@ -206,7 +215,7 @@ def read_hf_vocabulary(folder: Path) -> Vocabulary:
         raw=frozenset(added),
         bos_id=bos_id,
         eos_ids=frozenset(ends),
-        adds_bos=bos_id is not None and _adds_bos(data, settings, special.get("bos_token")),
+        adds_bos=bos_id is not None and _adds_bos(path, data, settings, special.get("bos_token")),
         strips={
             id: (added[id].get("lstrip") is True, added[id].get("rstrip") is True)
             for id in protected.values()

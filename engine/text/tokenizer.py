@@ -209,8 +209,9 @@ class Tokenizer:
 
 def _unknown_id(vocabulary: Vocabulary) -> int:
     """The id that stands for what the vocabulary cannot write, or -1."""
-    name = vocabulary.backend["model"].get("unk_token")
-    return int(vocabulary.backend["model"]["vocab"].get(name, -1)) if name else -1
+    model = vocabulary.backend["model"]
+    name = model.get("unk_token")
+    return int(model["vocab"].get(name, -1)) if isinstance(name, str) else -1
 
 
 def literal_pattern(texts: Iterable[str]) -> re.Pattern[str]:

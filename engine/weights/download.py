@@ -181,9 +181,12 @@ class Pip:
 
     def _fetched_bytes(self) -> int:
         total = 0
-        for path in self._folder.rglob("*.whl"):
-            with suppress(OSError):
-                total += path.stat().st_size
+        # os.walk passes over folders that pip removes meanwhile; Path.rglob would raise.
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                if name.endswith(".whl"):
+                    with suppress(OSError):
+                        total += os.path.getsize(os.path.join(folder, name))
         return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def short_form(
     """What shards of the vocabulary would answer."""
     shards: list[ShardLogits] = []
     borders = [0, *cuts, len(logits)]
-    for first, end in zip(borders, borders[1:], strict=False):
+    for first, end in pairwise(borders):
         part = logits[first:end]
         order = np.argsort(-part, kind="stable")[:top]
         scaled = part.astype(np.float64) / (temperature or 1.0)

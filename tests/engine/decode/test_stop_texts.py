@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ stops = st.lists(st.text(alphabet="ab<|>", min_size=1, max_size=4), max_size=3)
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     borders = [0, *sorted({c % (len(text) + 1) for c in cuts}), len(text)]
-    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(borders)]
 
 
 @given(texts, stops, st.lists(st.integers(0, 99), max_size=8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint,
 
 
 @settings(deadline=None, max_examples=25)
-@given(cuts=st.sets(st.integers(1, len(IDS) - 1)), later_kind=st.sampled_from(["prompt", "generated"]))
+@given(
+    cuts=st.sets(st.integers(1, len(IDS) - 1)), later_kind=st.sampled_from(["prompt", "generated"])
+)
 def test_any_split_of_the_prompt_gives_the_same_logits(
     tiny: tuple[Checkpoint, NDArray[Any]], cuts: set[int], later_kind: Any
 ) -> None:
@@ -74,8 +77,7 @@ def test_any_split_of_the_prompt_gives_the_same_logits(
     model = OneProcess(checkpoint, plan)
     borders = [0, *sorted(cuts), len(IDS)]
     pieces = [
-        model.logits(IDS[a:b], a, "prompt" if a == 0 else later_kind)
-        for a, b in zip(borders, borders[1:], strict=False)
+        model.logits(IDS[a:b], a, "prompt" if a == 0 else later_kind) for a, b in pairwise(borders)
     ]
     assert_close(np.concatenate(pieces), expected)
 

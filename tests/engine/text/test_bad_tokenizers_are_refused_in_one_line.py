@@ -61,20 +61,24 @@ def test_bad_metadata_is_refused(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_merges_into_a_control_token_are_dropped() -> None:
-    """A vocabulary that would let plain text merge into its end token."""
-    tokens = ["<", "/", "s", ">", "</", "s>", "</s>", "a"]
-    types = np.array([1, 1, 1, 1, 1, 1, 3, 1], np.int32)
+@pytest.mark.parametrize("end_kind", [1, 3])
+def test_text_does_not_merge_into_the_end_token(end_kind: int) -> None:
+    """The pieces "</" and "s>" would join: in SentencePiece the whole text is one word."""
+    tokens = ["<unk>", "<", "/", "s", ">", "</", "s>", "</s>", "a"]
     values = metadata(
+        kind="llama",
         tokens=tokens,
-        token_type=types,
-        merges=["< /", "s >", "</ s>"],
+        token_type=np.array([2, 1, 1, 1, 1, 1, 1, end_kind, 1], np.int32),
+        scores=np.zeros(9, np.float32),
         bos_token_id=...,
-        eos_token_id=6,
+        eos_token_id=7,
+        unknown_token_id=0,
+        add_space_prefix=False,
     )
     ours = Tokenizer(vocabulary_from_metadata(Path("x.gguf"), values))
-    assert ours.encode("</s>a") == [4, 5, 7]
-    assert ours.encode("</s>a", parse_control=True) == [6, 7]
+    assert ours.encode("</s>a") == [5, 6, 8]
+    assert ours.encode("</s>a", parse_control=True) == [7, 8]
+    assert ours.encode("\N{SNOWMAN}<unk>") == [0, 1, 0, 4]
 
 
 def _write(folder: Path, data: object, **settings: Any) -> Path:

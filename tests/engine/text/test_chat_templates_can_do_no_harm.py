@@ -51,13 +51,15 @@ def test_the_default_model_renders_as_transformers_does(
 
 FEATURES = [
     "{{ messages | tojson }} {{ messages | tojson(indent=2) }}",
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n  {{ m.content | trim }}\n"
-    "  {% else %}\n{% continue %}\n  {% endif %}\n{% endfor %}\n",
-    "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m['role'] }}{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    (
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n  {{ m.content | trim }}\n"
+        "  {% else %}\n{% continue %}\n  {% endif %}\n{% endfor %}\n"
+    ),
+    "{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = 1 + s.n %}{% endfor %}{{s.n}}",
     "{{ bos_token }}{% generation %}{{ messages[-1:] }}{% endgeneration %}{{ eos_token }}",
     "{{ strftime_now('%Y') }} {{ tools is none }} {{ documents is defined }} {{ missing }}",
-    "{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m('a' ~ 2) }} {{ 'x' * 3 }} {{ 7 % 3 }} {{ 2 ** 3 }}",
+    "{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m('a' ~ 2) }} {{ 'x' * 3 }} {{ 7 % 3 }} {{ 2**3 }}",
     "{{ '%s-%s' % ('a', 'b') }} {{ range(3) | list }} {{ 'a,b'.split(',') | reverse | list }}",
 ]
 

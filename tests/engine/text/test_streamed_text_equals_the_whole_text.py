@@ -1,4 +1,4 @@
-"""Whatever the ids: pieces joined are the bytes decoded at once, and none holds half a character."""
+"""For any ids: pieces joined are the bytes decoded at once, and none ends in half a character."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ def damage(data: bytes, edits: list[tuple[str, float, int]], span: int) -> bytes
     """Apply edits within the first `span` bytes, where the header is."""
     changed = bytearray(data)
     for kind, place, value in edits:
-        at = int(place * (min(span, len(changed)) - 1))
-        if at < 0:
+        if not changed:
             break
+        at = int(place * (min(span, len(changed)) - 1))
         if kind == "set":
             changed[at] = value
         elif kind == "flip":

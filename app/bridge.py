@@ -82,8 +82,9 @@ class EventBuffer:
         if key is not None and place is not None:
             self._events[place] = _merged(self._events[place], event)
             return
-        if request_id is not None and any(type(event) is not type(self._events[place])
-                                          for place in places.values()):
+        if request_id is not None and any(
+            type(event) is not type(self._events[place]) for place in places.values()
+        ):
             places.clear()
         if key is not None:
             places[key] = len(self._events)

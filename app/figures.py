@@ -1,4 +1,4 @@
-"""Numbers as the window shows them: a unit, three significant digits, "–" where unknown.
+"""Numbers as the window shows them: a unit, three significant digits, a dash where unknown.
 
 In: plain numbers or None. Out: text. Nothing here knows of Qt.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-UNKNOWN = "–"
+DASH = "\u2013"
+UNKNOWN = DASH
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _SIGNIFICANT = 3
 
@@ -78,18 +79,20 @@ def plural(count: int, noun: str) -> str:
 
 
 def ranges_text(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers as runs, such as "0–9, 12"."""
+    """Ascending whole numbers as runs, such as "0-9, 12"."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1] = (runs[-1][0], number)
         else:
             runs.append((number, number))
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+    return ", ".join(
+        str(first) if first == last else f"{first}{DASH}{last}" for first, last in runs
+    )
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Such as "layer 7" or "layers 0–9, 12"; empty where there are none."""
+    """Such as "layer 7" or "layers 0-9, 12"; empty where there are none."""
     if not layers:
         return ""
     return f"layer{'s' if len(layers) > 1 else ''} {ranges_text(layers)}"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Literal, Protocol
+from typing import Protocol
 
 from PySide6.QtCore import QObject, Signal
 
+from app.stages import Stage, StartOptions, Trouble
 from engine.cluster.messages import Message
 from engine.errors import PlanError
 from engine.host.messages import (
@@ -24,7 +23,6 @@ from engine.host.messages import (
     CallFailed,
     Cancel,
     Done,
-    DtypeChoice,
     Finished,
     ModelOpened,
     NodesChanged,
@@ -44,30 +42,6 @@ HOME_DEVICE = "this/cpu"
 EventHandler = Callable[[Message], None]
 
 
-class Stage(Enum):
-    """How far the engine is on its way to answering."""
-
-    STARTING = "starting the engine"
-    OPENING = "opening the model"
-    LOADING = "loading weights"
-    READY = "ready"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
-    """What keeps the engine from answering, for a person.
-
-    Attributes:
-        remedy: what the button does: load the last plan again, open the default model, or start
-            a new engine.
-    """
-
-    title: str
-    message: str
-    remedy: Literal["load_again", "open_default", "restart"]
-
-
 class Poster(Protocol):
     """The part of the bridge that the session uses."""
 
@@ -80,18 +54,6 @@ class Poster(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartOptions:
-    """What the command line asked for."""
-
-    model: str | None = None
-    dtype: DtypeChoice = "auto"
-    kv_window: int | None = None
-    num_threads: int | None = None
-    demo_workers: int = 0
-    join_tokens: tuple[str, ...] = ()
-
-
 class Session(QObject):
     """The engine as the window sees it.
 
@@ -100,7 +62,7 @@ class Session(QObject):
         model: of the last `ModelOpened`; None before.
         plan: the plan in force; None while there is none.
         last_plan: the last plan that was in force for this model.
-        progress: of the running open or apply, by subject.
+        progress: of the running open or apply: weights by device, anything else under "".
         device_order: devices in the order in which they joined, which gives their colours.
     """
 
@@ -112,7 +74,9 @@ class Session(QObject):
     throughput_measured = Signal(object)
     call_failed = Signal(str)
 
-    def __init__(self, bridge: Poster, options: StartOptions, parent: QObject | None = None) -> None:
+    def __init__(
+        self, bridge: Poster, options: StartOptions, parent: QObject | None = None
+    ) -> None:
         """Nothing is started yet."""
         super().__init__(parent)
         self._bridge = bridge
@@ -382,13 +346,17 @@ class Session(QObject):
             self.call_failed.emit(event.message)
 
     def _take_progress(self, progress: Progress) -> None:
-        self.progress[progress.subject] = progress
+        if progress.phase == "weights":
+            self.progress.pop("", None)
+            self.progress[progress.subject] = progress
+        else:
+            # Its subject changes with its amount, so that it cannot be the key.
+            self.progress[""] = progress
         self.progress_changed.emit()
 
     def _take_model(self, model: ModelOpened) -> None:
-        same_shape = (
-            self.last_plan is not None
-            and self.last_plan.shape == PlanShape.from_config(model.config)
+        same_shape = self.last_plan is not None and self.last_plan.shape == PlanShape.from_config(
+            model.config
         )
         if not same_shape:
             self.last_plan = None

@@ -138,7 +138,9 @@ def contrast(first: str, second: str) -> float:
 def readable_on(colour: QColor) -> QColor:
     """Black or white, whichever reads better on a fill."""
     name = colour.name()
-    return QColor("#000000" if contrast(name, "#000000") >= contrast(name, "#ffffff") else "#ffffff")
+    return QColor(
+        "#000000" if contrast(name, "#000000") >= contrast(name, "#ffffff") else "#ffffff"
+    )
 
 
 def translucent(colour: QColor, alpha: float) -> QColor:
@@ -311,6 +313,15 @@ QHeaderView::section { background: @window; color: @text_muted; border: none;
 QProgressBar { background: @raised; border: none; border-radius: 3px; max-height: 6px;
     min-height: 6px; }
 QProgressBar::chunk { background: @accent; border-radius: 3px; }
+QSlider::groove:horizontal { background: @raised; border: 1px solid @line; height: 6px;
+    border-radius: 4px; }
+QSlider::sub-page:horizontal { background: @accent; border: 1px solid @line; border-radius: 4px; }
+QSlider::handle:horizontal { background: @surface; border: 1px solid @text_muted; width: 14px;
+    height: 14px; margin: -5px 0; border-radius: 8px; }
+QSlider::handle:horizontal:focus { border: 2px solid @accent; }
+QSlider::handle:horizontal:disabled { background: @raised; border: 1px solid @line; }
+QSlider::sub-page:horizontal:disabled { background: @line; }
+QLineEdit[wrong="true"] { border: 1px solid @bad; }
 QScrollArea { border: none; background: transparent; }
 QScrollBar:vertical { background: transparent; width: 10px; margin: 0; }
 QScrollBar::handle:vertical { background: @line; border-radius: 4px; min-height: 24px; margin: 1px; }

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.cluster.messages import TensorFormatInfo
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.shard import ModelShard, WeightStore, fetch_weights
 from engine.plan.plan import Plan
@@ -27,13 +26,9 @@ class OneProcess:
         """Load every device's share."""
         self.checkpoint, self.plan = checkpoint, plan
         self.shards: dict[int, ModelShard] = {}
-        tensors = {
-            t.name: TensorFormatInfo(name=t.name, format=t.format, shape=t.shape)
-            for t in checkpoint.tensors.values()
-        }
         for index in plan.used_devices():
             shard = ModelShard(checkpoint.config, plan, index, dtype, window, CPU)
-            store = WeightStore(tensors, dtype, CPU, {})
+            store = WeightStore(checkpoint.tensors, dtype, CPU, {})
             fetch_weights(
                 store,
                 shard.weight_keys(),

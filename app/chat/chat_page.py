@@ -19,14 +19,15 @@ from app.chat.composer import Composer
 from app.chat.conversation import Conversation
 from app.chat.conversation_view import ConversationView
 from app.chat.parameters_panel import ParametersPanel
-from app.chat.progress_card import REMEDIES, ProgressCard, ProgressText
+from app.chat.progress_card import REMEDIES, ProgressCard
 from app.figures import figure_count
 from app.look import Look
 from app.monitor.history import History
 from app.monitor.now_panel import PANEL_WIDTH, NowPanel
-from app.session import Session, Stage
-from app.widgets.making import make_button, make_card, make_label
-from engine.host.messages import Progress
+from app.progress import ProgressText, bar_range, overall
+from app.session import Session
+from app.stages import Stage
+from app.widgets.making import make_button, make_card, make_label, mark_page
 
 NARROW_PX = 820
 
@@ -44,8 +45,7 @@ class ChatPage(QWidget):
     ) -> None:
         """Follows the session and the conversation."""
         super().__init__(parent)
-        self.setObjectName("chatPage")
-        self.setProperty("page", True)
+        mark_page(self, "chatPage")
         self._session = session
         self._conversation = conversation
         self._look = look
@@ -152,9 +152,7 @@ class ChatPage(QWidget):
         below.addWidget(self._banner)
         below.addWidget(self._strip)
         below.addWidget(self.composer)
-        hint = make_label(
-            "Enter sends · Shift+Enter new line · Esc stops", "composerHint", "small"
-        )
+        hint = make_label("Enter sends · Shift+Enter new line · Esc stops", "composerHint", "small")
         hint.setAlignment(Qt.AlignmentFlag.AlignHCenter)
         below.addWidget(hint)
         middle = QVBoxLayout()
@@ -212,16 +210,16 @@ class ChatPage(QWidget):
 
     def _show_strip(self) -> None:
         session = self._session
-        progress: Progress | None = next(reversed(session.progress.values()), None)
+        progress = overall(session.progress)
         is_moving = session.stage in (Stage.LOADING, Stage.OPENING)
         self._strip.setVisible(is_moving and bool(self._conversation.messages))
+        end, value = bar_range(progress)
+        self._strip_bar.setRange(0, end)
+        self._strip_bar.setValue(value)
         if progress is None:
             self._strip_text.setText("Applying the split")
-            self._strip_bar.setRange(0, 0)
         else:
             self._strip_text.setText(self._apply_text.describe(progress, time.monotonic()))
-            self._strip_bar.setRange(0, 1000 if progress.total else 0)
-            self._strip_bar.setValue(round(1000 * progress.done / max(1, progress.total)))
 
     def _on_sent(self, text: str) -> None:
         if self._conversation.send(text):

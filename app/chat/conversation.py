@@ -299,7 +299,11 @@ class Conversation(QObject):
         finished = message.finished
         if finished is None:
             return f"{plural(message.num_tokens, 'token')} before it failed" if message.text else ""
-        reasons = {"stop": "ended by itself", "length": "token limit", "cancelled": "stopped by you"}
+        reasons = {
+            "stop": "ended by itself",
+            "length": "token limit",
+            "cancelled": "stopped by you",
+        }
         speed = figure(finished.decode_tps, "tok/s") if finished.decode_tps else UNKNOWN
         parts = [
             plural(len(finished.token_ids), "token"),

@@ -36,7 +36,11 @@ class ConversationView(QTextBrowser):
     regenerate_clicked = Signal()
 
     def __init__(
-        self, conversation: Conversation, session: Session, look: Look, parent: QWidget | None = None
+        self,
+        conversation: Conversation,
+        session: Session,
+        look: Look,
+        parent: QWidget | None = None,
     ) -> None:
         """Shows what the conversation holds now."""
         super().__init__(parent)
@@ -327,7 +331,6 @@ class ConversationView(QTextBrowser):
         """Show what arrived while the page was hidden."""
         super().showEvent(event)
         self.flush()
-
 
 
 def code_of(source: str) -> str:

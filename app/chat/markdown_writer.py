@@ -70,9 +70,7 @@ class MarkdownWriter:
     def rewind(self, place: Place) -> None:
         """Remove everything that was written after a place."""
         self._cursor.setPosition(place.position)
-        self._cursor.movePosition(
-            QTextCursor.MoveOperation.End, QTextCursor.MoveMode.KeepAnchor
-        )
+        self._cursor.movePosition(QTextCursor.MoveOperation.End, QTextCursor.MoveMode.KeepAnchor)
         self._cursor.removeSelectedText()
         self._is_fresh = place.is_fresh
 

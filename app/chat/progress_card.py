@@ -7,10 +7,10 @@ import time
 from PySide6.QtCore import Qt, Signal
 from PySide6.QtWidgets import QHBoxLayout, QProgressBar, QSizePolicy, QVBoxLayout, QWidget
 
-from app.figures import figure_bytes, figure_percent, figure_seconds
-from app.session import Session, Stage
+from app.progress import ProgressText, bar_range, overall
+from app.session import Session
+from app.stages import Stage
 from app.widgets.making import make_button, make_label
-from engine.host.messages import Progress
 
 SUGGESTIONS = (
     "Explain grouped-query attention in three sentences.",
@@ -22,39 +22,6 @@ REMEDIES = {
     "open_default": "Open the default model",
     "restart": "Start the engine again",
 }
-ETA_AFTER_SECONDS = 3.0
-
-
-class ProgressText:
-    """Progress in words, with the time left once it can be told."""
-
-    def __init__(self) -> None:
-        """Nothing runs."""
-        self._key: tuple[str, str] | None = None
-        self._started = 0.0
-        self._first_done = 0
-
-    def describe(self, progress: Progress, now: float) -> str:
-        """Such as "fetching the model 42 % · 41.3 of 98.4 MB · about 4.2 s left"."""
-        key = (progress.phase, progress.subject)
-        if key != self._key:
-            self._key, self._started, self._first_done = key, now, progress.done
-        words = {
-            "fetch": "Fetching the model",
-            "start": f"Starting {progress.subject}",
-            "weights": f"Loading weights of {progress.subject}",
-            "prefill": "Reading the prompt",
-        }[progress.phase]
-        if not progress.total:
-            return words
-        text = f"{words}  {figure_percent(round(progress.done / progress.total, 2))}"
-        if progress.phase in ("fetch", "weights"):
-            text += f" · {figure_bytes(progress.done)} of {figure_bytes(progress.total)}"
-        spent, moved = now - self._started, progress.done - self._first_done
-        if spent > ETA_AFTER_SECONDS and moved > 0:
-            left = (progress.total - progress.done) * spent / moved
-            text += f" · about {figure_seconds(left)} left"
-        return text
 
 
 class ProgressCard(QWidget):
@@ -104,17 +71,18 @@ class ProgressCard(QWidget):
             return
         if is_ready and session.model is not None:
             self._title.setText("What would you like to know?")
-            self._line.setText(f"{session.model.name} is ready. It runs on your own computers only.")
+            self._line.setText(
+                f"{session.model.name} is ready. It runs on your own computers only."
+            )
             return
         self._title.setText(_STAGE_TITLES[session.stage])
-        progress = next(reversed(session.progress.values()), None)
+        progress = overall(session.progress)
+        end, value = bar_range(progress)
+        self._bar.setRange(0, end)
+        self._bar.setValue(value)
         if progress is None:
-            self._bar.setRange(0, 0)
             self._line.setText(_STAGE_LINES[session.stage])
         else:
-            # Qt counts in 32 bits; a model file does not fit.
-            self._bar.setRange(0, 1000 if progress.total else 0)
-            self._bar.setValue(round(1000 * progress.done / max(1, progress.total)))
             self._line.setText(self._text.describe(progress, time.monotonic()))
 
     def _build(self) -> None:

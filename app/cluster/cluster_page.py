@@ -10,7 +10,7 @@ from app.cluster.node_model import NodeModel
 from app.cluster.node_rows import COLUMNS, summary
 from app.look import Look
 from app.session import Session
-from app.widgets.making import make_button, make_card, make_label
+from app.widgets.making import make_button, make_card, make_label, mark_page
 
 NARROW_PX = 900
 _WIDE_WIDTHS = (230, 250, 80, 170, 100, 100, 80)
@@ -23,8 +23,7 @@ class ClusterPage(QWidget):
     def __init__(self, session: Session, look: Look, parent: QWidget | None = None) -> None:
         """Follows the session's nodes."""
         super().__init__(parent)
-        self.setObjectName("clusterPage")
-        self.setProperty("page", True)
+        mark_page(self, "clusterPage")
         self._session = session
         self._look = look
         self._summary = make_label("", "clusterSummary", "muted")

@@ -5,6 +5,8 @@ In: a `History`. Out: pyqtgraph plots whose curves are made once and only get ne
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyqtgraph as pg
 from PySide6.QtCore import QPointF, QRectF, QSize, Qt
@@ -29,7 +31,10 @@ class TimePlot(pg.PlotWidget):
         self.setObjectName(name)
         self.setAccessibleName(title)
         self.look = look
-        item = self.getPlotItem()
+        self.background_role = "surface"
+        # pyqtgraph makes half of a plot item's methods at run time, where no type checker sees them.
+        self.item: Any = self.getPlotItem()
+        item = self.item
         item.setMouseEnabled(False, False)
         item.hideButtons()
         item.setMenuEnabled(False)
@@ -41,22 +46,22 @@ class TimePlot(pg.PlotWidget):
 
     def set_window(self, seconds: float) -> None:
         """Show the last `seconds`."""
-        self.setXRange(-seconds, 0, padding=0)
-        axis = self.getPlotItem().getAxis("bottom")
+        self.item.setXRange(-seconds, 0, padding=0)
+        axis = self.item.getAxis("bottom")
         step = seconds / 4
         ticks = [(-step * index, _ago(step * index)) for index in range(5)]
         axis.setTicks([ticks])
 
     def show_time_axis(self) -> None:
         """Print how long ago the ticks are."""
-        self.getPlotItem().getAxis("bottom").setStyle(showValues=True)
+        self.item.getAxis("bottom").setStyle(showValues=True)
 
     def colour(self) -> None:
         """Take the theme's colours."""
         theme = self.look.theme
-        self.setBackground(theme.colour("surface"))
+        self.setBackground(theme.colour(self.background_role))
         for side in ("left", "bottom"):
-            axis = self.getPlotItem().getAxis(side)
+            axis = self.item.getAxis(side)
             axis.setPen(QPen(theme.colour("line")))
             axis.setTextPen(QPen(theme.colour("text_muted")))
 
@@ -73,9 +78,9 @@ class SpeedPlot(TimePlot):
         """Args: history: shared with the other charts."""
         super().__init__(look, name, "Tokens per second over time", parent)
         self._history = history
-        self._curve = self.getPlotItem().plot(connect="finite")
+        self._curve = self.item.plot(connect="finite")
         self._top = 0.0
-        self.getPlotItem().showGrid(y=True, alpha=0.15)
+        self.item.showGrid(y=True, alpha=0.15)
         self.colour()
 
     def colour(self) -> None:
@@ -97,7 +102,7 @@ class SpeedPlot(TimePlot):
         top = _nice_top(float(finite.max()) if len(finite) else 0.0)
         if top != self._top:
             self._top = top
-            self.setYRange(0, top, padding=0)
+            self.item.setYRange(0, top, padding=0)
 
 
 class DevicePlot(TimePlot):
@@ -113,9 +118,9 @@ class DevicePlot(TimePlot):
         self._index = index
         self._bars = [pg.BarGraphItem(x0=[], x1=[], y0=[], y1=[]) for _ in range(3)]
         for bar in self._bars:
-            self.addItem(bar)
-        self.getPlotItem().getAxis("left").setTicks([[(0, "0"), (0.5, "50 %"), (1, "100 %")]])
-        self.setYRange(0, 1, padding=0)
+            self.item.addItem(bar)
+        self.item.getAxis("left").setTicks([[(0, "0"), (0.5, "50 %"), (1, "100 %")]])
+        self.item.setYRange(0, 1, padding=0)
         self.colour()
 
     def colour(self) -> None:

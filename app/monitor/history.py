@@ -82,9 +82,7 @@ class History:
     def add(self, sample: Throughput) -> None:
         """Take what the last stretch of time did."""
         seconds = max(sample.seconds, 1e-6)
-        self._rates.append(
-            (sample.time_s, seconds, sample.prompt_tokens, sample.generated_tokens)
-        )
+        self._rates.append((sample.time_s, seconds, sample.prompt_tokens, sample.generated_tokens))
         for usage in sample.devices:
             ring = self._devices.setdefault(usage.device, Ring(self._capacity, 5))
             ring.append((sample.time_s, seconds, *_fitted(usage, seconds)))

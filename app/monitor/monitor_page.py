@@ -18,7 +18,7 @@ from app.look import Look
 from app.monitor.charts import DevicePlot, SpeedPlot
 from app.monitor.history import History, bottleneck_text
 from app.session import Session
-from app.widgets.making import make_button, make_label
+from app.widgets.making import make_button, make_label, mark_page
 from app.widgets.swatch import Swatch
 
 WINDOWS = ((30.0, "30 s"), (120.0, "2 min"), (600.0, "10 min"))
@@ -75,8 +75,7 @@ class MonitorPage(QWidget):
     ) -> None:
         """Args: history: what the charts draw; `tick` draws it."""
         super().__init__(parent)
-        self.setObjectName("monitorPage")
-        self.setProperty("page", True)
+        mark_page(self, "monitorPage")
         self._session = session
         self._conversation = conversation
         self._history = history
@@ -156,7 +155,7 @@ class MonitorPage(QWidget):
         self._list.setSpacing(4)
         self._list.addWidget(self._empty)
         inside = QWidget()
-        inside.setProperty("page", True)
+        mark_page(inside, "monitorPageScrolled")
         inside_layout = QVBoxLayout(inside)
         inside_layout.setContentsMargins(0, 0, 0, 0)
         inside_layout.addLayout(self._list)

@@ -82,6 +82,8 @@ class NowPanel(QFrame):
         self._speed = make_label(UNKNOWN, "nowSpeed", "large")
         self._speed.setToolTip("Generated tokens per second in the last second")
         self._plot = SpeedPlot(history, look, "nowSpeedPlot")
+        self._plot.background_role = "window"
+        self._plot.colour()
         self._plot.set_window(WINDOW_SECONDS)
         self._plot.setFixedHeight(120)
         self._devices = QVBoxLayout()
@@ -154,7 +156,7 @@ class NowPanel(QFrame):
 
 
 def part_text(plan: Plan, column: int) -> str:
-    """What a device does in a plan, in words, such as "70 % of layers 0–9, output head"."""
+    """What a device does in a plan, in words, such as "70 % of layers 0-9, output head"."""
     shape = plan.shape
     groups: dict[int, list[int]] = {}
     for layer in range(shape.num_layers):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from PySide6.QtWidgets import QFrame, QLabel, QPushButton, QSizePolicy, QToolButton, QWidget
+from PySide6.QtCore import Qt
+from PySide6.QtWidgets import QFrame, QLabel, QPushButton, QToolButton, QWidget
 
 from app.look import Look
 
@@ -15,6 +16,13 @@ def set_property(widget: QWidget, name: str, value: object) -> None:
     style = widget.style()
     style.unpolish(widget)
     style.polish(widget)
+
+
+def mark_page(widget: QWidget, name: str) -> None:
+    """Give a plain widget its name and the background of a page."""
+    widget.setObjectName(name)
+    widget.setAttribute(Qt.WidgetAttribute.WA_StyledBackground)
+    widget.setProperty("page", True)
 
 
 def make_label(text: str, name: str, role: str = "", *, wraps: bool = False) -> QLabel:
@@ -55,8 +63,3 @@ def make_card(name: str, kind: str = "card") -> QFrame:
     frame.setObjectName(name)
     frame.setProperty(kind, True)
     return frame
-
-
-def keep_width(widget: QWidget) -> None:
-    """Let the layout neither stretch nor squeeze the widget."""
-    widget.setSizePolicy(QSizePolicy.Policy.Fixed, QSizePolicy.Policy.Preferred)

@@ -61,7 +61,7 @@ class LoadRequest(NamedTuple):
     kv_window: int
     threads: Mapping[str, int]
     checkpoint_id: str
-    tensors: tuple[m.TensorFormatInfo, ...]
+    tensors: tuple[m.TensorInfo, ...]
     source: WeightSource
 
 

@@ -20,10 +20,13 @@ from engine.errors import PeerRefused, ProtocolError
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
+from engine.weights.formats import TensorInfo
 
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
+# Raw logits in the short form of an answer, per position and vocabulary shard.
+TOP_LOGITS = 256
 
 Array = npt.NDArray[Any]
 WireDtype = Literal["float32", "bfloat16", "float16", "uint8", "int64"]
@@ -156,14 +159,6 @@ class Peer(Message, frozen=True):
     public_key: bytes
 
 
-class TensorFormatInfo(Message, frozen=True):
-    """Format and shape of one canonical tensor in the engine host's checkpoint."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-
-
 class Load(Message, frozen=True):
     """Take a share of a plan: fetch its weights, connect to its peers, answer Loaded."""
 
@@ -175,7 +170,7 @@ class Load(Message, frozen=True):
     kv_window: int
     num_threads: int
     checkpoint_id: str
-    tensors: tuple[TensorFormatInfo, ...]
+    tensors: tuple[TensorInfo, ...]
     peers: tuple[Peer, ...]
 
 

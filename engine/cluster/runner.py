@@ -23,6 +23,7 @@ from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
 from engine.cluster.processes import answer_address, end_with_parent, read_greeting
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
+from engine.cluster.short_logits import check_wanted, short_form
 from engine.cluster.transport import Channel, connect, listen, new_local_endpoint
 from engine.errors import EngineError, ProtocolError
 from engine.kernels.matrices import Matrix
@@ -30,7 +31,6 @@ from engine.model.shard import ModelShard, WeightKey
 
 logger = logging.getLogger(__name__)
 
-TOP_LOGITS = 256
 MAX_STEP_TOKENS = 1 << 16
 
 
@@ -295,6 +295,7 @@ class Runner:
         plan, counters = shard.plan, exchange.counters
         num_tokens = _check_segments(step, shard)
         logit_rows = _logit_rows(step.segments)
+        check_wanted(step.logits, len(logit_rows))
         me = exchange.device_index
         x: torch.Tensor | None = None
         if me in plan.group(0):
@@ -343,39 +344,12 @@ class Runner:
         return answer
 
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
-        shard = self._shard
-        assert shard is not None
         if wanted.form == "full":
             return [logits_NV.float().cpu().numpy()]
-        first, end = shard.plan.unit_range(shard.plan.shape.head_row, self._index)
-        count = logits_NV.shape[0]
-        if len(wanted.ids) != count or len(wanted.temperatures) != count:
-            raise ProtocolError(
-                f"{count} positions need logits, the step names {len(wanted.ids)} id lists and "
-                f"{len(wanted.temperatures)} temperatures"
-            )
-        if any(t < 0 for t in wanted.temperatures):
-            raise ProtocolError("a temperature is negative")
-        values, ids = torch.topk(logits_NV, min(TOP_LOGITS, logits_NV.shape[1]), dim=-1)
-        log_sums = torch.empty(count, 2, dtype=torch.float64)
-        for n, temperature in enumerate(wanted.temperatures):
-            row = logits_NV[n].double()
-            log_sums[n, 0] = torch.logsumexp(row, 0)
-            same = temperature in (0.0, 1.0)
-            log_sums[n, 1] = log_sums[n, 0] if same else torch.logsumexp(row / temperature, 0)
-        asked = [
-            logits_NV[n, i - first]
-            for n, asked_ids in enumerate(wanted.ids)
-            for i in asked_ids
-            if first <= i < end
-        ]
-        asked_values = torch.stack(asked) if asked else logits_NV.new_empty(0)
-        return [
-            (ids + first).cpu().numpy(),
-            values.float().cpu().numpy(),
-            log_sums.float().numpy(),
-            asked_values.float().cpu().numpy(),
-        ]
+        assert self._shard is not None
+        plan = self._shard.plan
+        first, _end = plan.unit_range(plan.shape.head_row, self._index)
+        return short_form(logits_NV, wanted, first)
 
     def _fetch_logits(self, message: m.FetchLogits) -> None:
         last = self._last_answer

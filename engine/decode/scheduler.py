@@ -17,20 +17,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from engine.cluster import messages as m
 from engine.cluster.coordinator import Coordinator, DeviceAnswer, LoadRequest, RunnerAddress
-from engine.decode.sampling import (
-    Candidates,
-    ShardLogits,
-    all_candidates,
-    choose,
-    merge_shards,
-    uniform,
-)
+from engine.decode.gather import gather_candidates, join_full_logits
+from engine.decode.sampling import all_candidates, choose, uniform
 from engine.decode.sequence import DeviceTotals, Sequence
-from engine.errors import EngineError, PlanError, ProtocolError
+from engine.errors import EngineError, PlanError
 from engine.model.batch import Segment, StepKind
 from engine.plan.plan import Plan
 
@@ -358,7 +350,8 @@ class Scheduler:
 
     def _send_logits(self, piece: tuple[Sequence, int], answers: list[DeviceAnswer]) -> None:
         sequence, count = piece
-        logits = self._join_full(answers, count)
+        assert self._load is not None
+        logits = join_full_logits(self._load.plan, answers, count)
         first = sequence.num_computed - count
         self._listener.on_logits(sequence.request_id, first, logits)
         if sequence.num_computed == sequence.num_prompt:
@@ -368,71 +361,21 @@ class Scheduler:
     def _take_tokens(self, wanted: list[Sequence], answers: list[DeviceAnswer]) -> None:
         if not wanted:
             return
+        assert self._load is not None
+        plan = self._load.plan
         full: m.Array | None = None
-        candidates = self._candidates(wanted, answers)
+        candidates = gather_candidates(plan, answers, [s.repeated_ids() for s in wanted])
         for n, sequence in enumerate(wanted):
             noise = uniform(sequence.seed, 0, len(sequence.ids))
             repeated = sequence.repeated_ids()
             token_id = choose(candidates[n], sequence.settings, repeated, noise)
             if token_id is None:
                 if full is None:
-                    full = self._join_full(
-                        self._coordinator.fetch_logits(self._step_id), len(wanted)
-                    )
+                    fetched = self._coordinator.fetch_logits(self._step_id)
+                    full = join_full_logits(plan, fetched, len(wanted))
                 token_id = choose(all_candidates(full[n]), sequence.settings, repeated, noise)
             assert token_id is not None
             sequence.accept(token_id)
-
-    def _candidates(self, wanted: list[Sequence], answers: list[DeviceAnswer]) -> list[Candidates]:
-        assert self._load is not None
-        plan = self._load.plan
-        head = plan.shape.head_row
-        shards: list[list[ShardLogits]] = [[] for _ in wanted]
-        for index in plan.group(head):
-            tensors = next(a.tensors for a in answers if a.device_index == index)
-            first, end = plan.unit_range(head, index)
-            if len(tensors) != 4:
-                raise ProtocolError(
-                    f"{plan.devices[index]} answered with {len(tensors)} tensors, expected 4"
-                )
-            ids, values, log_sums, asked_values = tensors
-            count = min(256, end - first)
-            what = f"logits of {plan.devices[index]}"
-            m.expect_tensor(ids, "int64", (len(wanted), count), what)
-            m.expect_tensor(values, "float32", (len(wanted), count), what)
-            m.expect_tensor(log_sums, "float32", (len(wanted), 2), what)
-            asked_ids = [[i for i in sorted(s.repeated_ids()) if first <= i < end] for s in wanted]
-            total_asked = sum(len(a) for a in asked_ids)
-            m.expect_tensor(asked_values, "float32", (total_asked,), what)
-            if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
-                raise ProtocolError(f"{what}: an id lies outside {first}-{end - 1}")
-            at = 0
-            for n, asked in enumerate(asked_ids):
-                shards[n].append(
-                    ShardLogits(
-                        ids[n],
-                        values[n],
-                        dict(zip(asked, asked_values[at : at + len(asked)].tolist(), strict=True)),
-                        float(log_sums[n, 1]),
-                        count == end - first,
-                    )
-                )
-                at += len(asked)
-        return [merge_shards(s) for s in shards]
-
-    def _join_full(self, answers: list[DeviceAnswer], count: int) -> m.Array:
-        assert self._load is not None
-        plan = self._load.plan
-        head = plan.shape.head_row
-        parts: list[m.Array] = []
-        for index in plan.group(head):
-            tensors = next(a.tensors for a in answers if a.device_index == index)
-            first, end = plan.unit_range(head, index)
-            if len(tensors) != 1:
-                raise ProtocolError(f"{plan.devices[index]} sent no full logits")
-            what = f"logits of {plan.devices[index]}"
-            parts.append(m.expect_tensor(tensors[0], "float32", (count, end - first), what))
-        return np.concatenate(parts, axis=1)
 
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.cluster.messages import TensorFormatInfo
 from engine.decode.sampling import validate_sampling
 from engine.decode.sequence import Sequence
 from engine.decode.stopping import StopMatcher
@@ -23,6 +22,7 @@ from engine.text.chat_template import ChatTemplate, Message, encode_chat
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from engine.weights.formats import TensorInfo
 
 DEFAULT_KV_WINDOW = 8192
 MAX_KV_WINDOW = 1 << 24
@@ -57,10 +57,7 @@ class OpenedModel:
             raise
         self.dtype: ComputeDtype = self._choose_dtype(dtype)
         self.kv_window = kv_window or min(self.config.max_positions, DEFAULT_KV_WINDOW)
-        self.tensors = tuple(
-            TensorFormatInfo(name=t.name, format=t.format, shape=t.shape)
-            for t in self.checkpoint.tensors.values()
-        )
+        self.tensors = tuple(self.checkpoint.tensors.values())
         self.identity = _identity(path, self.tensors)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         self.file_bytes = sum(f.stat().st_size for f in files)
@@ -203,7 +200,7 @@ class OpenedModel:
         )
 
 
-def _identity(path: Path, tensors: tuple[TensorFormatInfo, ...]) -> str:
+def _identity(path: Path, tensors: tuple[TensorInfo, ...]) -> str:
     """A name for these weights, so that a runner knows what it may keep for a new plan."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

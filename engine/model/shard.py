@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.cluster.messages import TensorFormatInfo
 from engine.errors import ProtocolError
 from engine.kernels.matrices import Int8Matrix, Matrix, make_matrix
 from engine.kernels.torch_kernels import (
@@ -32,7 +31,7 @@ from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from engine.model.rope import RopeTable
 from engine.plan.plan import Plan
-from engine.weights.formats import dequantize, format_named, num_bytes
+from engine.weights.formats import TensorInfo, dequantize, format_named, num_bytes
 
 RawBytes = NDArray[np.uint8]
 
@@ -61,7 +60,7 @@ class WeightStore:
 
     def __init__(
         self,
-        tensors: Mapping[str, TensorFormatInfo],
+        tensors: Mapping[str, TensorInfo],
         dtype: ComputeDtype,
         device: torch.device,
         previous: Mapping[WeightKey, Matrix | Tensor],
@@ -133,7 +132,7 @@ class WeightStore:
         block = key.column_block or columns
         self.packed[key] = make_matrix(joined_values, self._dtype, self._device, block)
 
-    def _info(self, name: str) -> TensorFormatInfo:
+    def _info(self, name: str) -> TensorInfo:
         try:
             return self._tensors[name]
         except KeyError:

@@ -12,33 +12,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, PromptError
 from engine.model.config import ModelConfig
-from engine.weights.formats import FORMATS, dequantize, weight_format_names
+from engine.weights.formats import FORMATS, TensorInfo, dequantize, weight_format_names
 from engine.weights.gguf import GgufFile, metadata_strings
 from engine.weights.gguf_config import config_from_gguf
 from engine.weights.hf_config import config_from_huggingface
 from engine.weights.mapped import StoredTensor, one_line
 from engine.weights.names import Source, canonical_shapes, match_names
 from engine.weights.safetensors import open_folder, refuse_pickle
-
-
-class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What is known of a tensor without reading it.
-
-    Attributes:
-        name: ours, such as "layers.3.q".
-        format: a name of `formats.FORMATS`.
-        shape: torch order: (rows = outputs, columns = inputs), or (width,).
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
 
 
 class Checkpoint:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +34,20 @@ class TensorFormat:
     block_size: int
     block_bytes: int
     is_weight: bool = True
+
+
+class TensorInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        name: ours, such as "layers.3.q".
+        format: a name of FORMATS.
+        shape: torch order: (rows = outputs, columns = inputs), or (width,).
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
 
 
 def _table() -> dict[str, TensorFormat]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,17 @@ pytestmark = [
     pytest.mark.network,
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"),
 ]
+
+
+@pytest.fixture
+def session(tiny_folder: Path) -> Iterator[Session]:
+    """One for each test: what these tests start anew must end with them."""
+    options = SessionOptions(
+        model=str(tiny_folder), dtype="float32", num_workers=2, kv_window=100_000
+    )
+    with Session(options) as opened:
+        yield opened
+
 
 # A killed runner must be named within 5 s, a frozen one too; the rest is room for a busy machine.
 NAMED_SECONDS = 10.0

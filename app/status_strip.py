@@ -1,0 +1,82 @@
+"""The strip that is always at the bottom: plan, speed, first token, context, who waits."""
+
+from __future__ import annotations
+
+from PySide6.QtWidgets import QFrame, QHBoxLayout, QWidget
+from superqt import QElidingLabel
+
+from app.chat.conversation import Conversation
+from app.figures import figure, figure_count, figure_seconds
+from app.look import Look
+from app.monitor.charts import Sparkline
+from app.monitor.history import History, bottleneck_text
+from app.monitor.now_panel import plan_in_words
+from app.session import Session
+from app.widgets.making import make_label
+
+
+class StatusStrip(QFrame):
+    """The engine in one line."""
+
+    def __init__(
+        self,
+        session: Session,
+        conversation: Conversation,
+        history: History,
+        look: Look,
+        parent: QWidget | None = None,
+    ) -> None:
+        """Follows everything; `tick` follows time."""
+        super().__init__(parent)
+        self.setObjectName("statusStrip")
+        self._session = session
+        self._conversation = conversation
+        self._history = history
+        self._plan = QElidingLabel()
+        self._plan.setObjectName("stripPlan")
+        self._plan.setToolTip("The split in force")
+        self._waits = QElidingLabel()
+        self._waits.setObjectName("stripWaits")
+        self._waits.setToolTip("Of the last two seconds of work, as the devices measured them")
+        self._speed = make_label("", "stripSpeed")
+        self._speed.setToolTip("Now, or of the last answer while nothing runs")
+        self._sparkline = Sparkline(history, look)
+        self._first = make_label("", "stripFirst")
+        self._first.setToolTip("From the last question to the first token of its answer")
+        self._context = make_label("", "stripContext")
+        self._context.setToolTip("Tokens of the conversation, and the room there is")
+        layout = QHBoxLayout(self)
+        layout.setContentsMargins(14, 4, 14, 4)
+        layout.setSpacing(18)
+        layout.addWidget(self._plan, 3)
+        layout.addWidget(self._waits, 4)
+        for widget in (self._sparkline, self._speed, self._first, self._context):
+            layout.addWidget(widget)
+        session.plan_changed.connect(self.refresh)
+        session.nodes_changed.connect(self.refresh)
+        session.stage_changed.connect(self.refresh)
+        conversation.state_changed.connect(self.refresh)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show what does not change with time alone."""
+        session, conversation = self._session, self._conversation
+        text = plan_in_words(session) if session.is_ready else session.stage.value
+        if session.is_applying and session.plan is not None:
+            text = f"{text} · a new split is loading"
+        self._plan.setText(text)
+        self._first.setText(f"first token {figure_seconds(conversation.ttft_s)}")
+        window = None if session.model is None else session.model.kv_window
+        used = figure_count(conversation.used_tokens)
+        self._context.setText(f"context {used} of {figure_count(window)}")
+
+    def tick(self, now: float) -> None:
+        """Show the last moment."""
+        rate = self._history.rate_now(now)
+        if rate is None and not self._conversation.is_answering:
+            rate = self._conversation.decode_tps
+        self._speed.setText(figure(rate, "tok/s"))
+        self._sparkline.refresh(now)
+        totals = self._history.totals(now)
+        names = {item.device: self._session.device_label(item.device) for item in totals}
+        self._waits.setText(bottleneck_text(totals, names))

@@ -1,0 +1,99 @@
+"""Puts the vocabulary shards' answers to a step together, after checking every shape.
+
+In: the answers of all devices and the plan. Out: candidates for the sampler, or the full logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from engine.cluster import messages as m
+from engine.cluster.coordinator import DeviceAnswer
+from engine.decode.sampling import Candidates, ShardLogits, merge_shards
+from engine.errors import ProtocolError
+from engine.plan.plan import Plan
+
+
+def gather_candidates(
+    plan: Plan, answers: Sequence[DeviceAnswer], asked: Sequence[Collection[int]]
+) -> list[Candidates]:
+    """The short form of every position.
+
+    Args:
+        answers: to a step that wanted form "top".
+        asked: per position, the ids that were asked for.
+    Returns: candidates per position.
+    Raises: ProtocolError: a device answered with something else than it was asked for.
+    """
+    head = plan.shape.head_row
+    shards: list[list[ShardLogits]] = [[] for _ in asked]
+    for index in plan.group(head):
+        first, end = plan.unit_range(head, index)
+        for position, shard in enumerate(_shards(plan, index, first, end, answers, asked)):
+            shards[position].append(shard)
+    return [merge_shards(s) for s in shards]
+
+
+def join_full_logits(plan: Plan, answers: Sequence[DeviceAnswer], count: int) -> m.Array:
+    """All logits, float32 [count, vocab_size].
+
+    Raises: ProtocolError: a device answered with something else than it was asked for.
+    """
+    head = plan.shape.head_row
+    parts: list[m.Array] = []
+    for index in plan.group(head):
+        tensors = _tensors_of(plan, index, answers, 1)
+        first, end = plan.unit_range(head, index)
+        what = f"logits of {plan.devices[index]}"
+        parts.append(m.expect_tensor(tensors[0], "float32", (count, end - first), what))
+    return np.concatenate(parts, axis=1)
+
+
+def _tensors_of(
+    plan: Plan, index: int, answers: Sequence[DeviceAnswer], count: int
+) -> list[m.Array]:
+    tensors = next((a.tensors for a in answers if a.device_index == index), list[m.Array]())
+    if len(tensors) != count:
+        raise ProtocolError(
+            f"{plan.devices[index]} answered with {len(tensors)} tensors, expected {count}"
+        )
+    return tensors
+
+
+def _shards(
+    plan: Plan,
+    index: int,
+    first: int,
+    end: int,
+    answers: Sequence[DeviceAnswer],
+    asked: Sequence[Collection[int]],
+) -> list[ShardLogits]:
+    """One device's shard, per position."""
+    ids, values, log_sums, asked_values = _tensors_of(plan, index, answers, 4)
+    num_positions = len(asked)
+    width = min(m.TOP_LOGITS, end - first)
+    own = [[i for i in sorted(a) if first <= i < end] for a in asked]
+    what = f"logits of {plan.devices[index]}"
+    m.expect_tensor(ids, "int64", (num_positions, width), what)
+    m.expect_tensor(values, "float32", (num_positions, width), what)
+    m.expect_tensor(log_sums, "float32", (num_positions, 2), what)
+    m.expect_tensor(asked_values, "float32", (sum(len(o) for o in own),), what)
+    if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
+        raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
+    shards: list[ShardLogits] = []
+    at = 0
+    for position, own_ids in enumerate(own):
+        stop = at + len(own_ids)
+        shards.append(
+            ShardLogits(
+                ids[position],
+                values[position],
+                dict(zip(own_ids, asked_values[at:stop].tolist(), strict=True)),
+                float(log_sums[position, 1]),
+                width == end - first,
+            )
+        )
+        at = stop
+    return shards

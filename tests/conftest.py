@@ -44,14 +44,18 @@ def default_model_path() -> Path:
 def nothing_leaks() -> Iterator[None]:
     """Fail a test that leaves a child process or a non-daemon thread behind.
 
-    What fixtures of a wider scope started earlier does not count.
+    What fixtures of a wider scope started earlier does not count, nor what those processes start.
     """
     processes_before = _child_processes()
     threads_before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + LEAK_GRACE_SECONDS
     while True:
-        processes = _child_processes() - processes_before
+        processes = {
+            process
+            for process in _child_processes() - processes_before
+            if not _has_parent_in(process, processes_before)
+        }
         threads = {
             thread
             for thread in threading.enumerate()
@@ -69,6 +73,14 @@ def nothing_leaks() -> Iterator[None]:
     for process in processes:
         process.kill()
     pytest.fail(f"left behind {LEAK_GRACE_SECONDS} s after the test: {'; '.join(names)}")
+
+
+def _has_parent_in(process: psutil.Process, owners: set[psutil.Process]) -> bool:
+    """Whether one of `owners` started this process, directly or not."""
+    try:
+        return not owners.isdisjoint(process.parents())
+    except psutil.Error:
+        return True  # It ended meanwhile.
 
 
 def _child_processes() -> set[psutil.Process]:

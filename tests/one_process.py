@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.cluster.exchange import from_wire, to_wire
+from engine.kernels.torch_kernels import Batch
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.shard import ModelShard, WeightStore, fetch_weights
 from engine.plan.plan import Plan
@@ -52,7 +54,15 @@ class OneProcess:
             x = torch.as_tensor(self.checkpoint.read_rows("embedding", ids).copy())
             batches = {i: s.batch(kind, (segment,)) for i, s in self.shards.items()}
             for row in range(plan.shape.head_row):
-                parts = [self.shards[i].part(row, x, batches[i]) for i in plan.group(row)]
+                parts = [self._rounded(i, row, x, batches[i]) for i in plan.group(row)]
                 x = x + sum(parts[1:], start=parts[0])
             heads = [self.shards[i].logits(x) for i in plan.group(plan.shape.head_row)]
         return torch.cat(heads, dim=-1).numpy()
+
+    def _rounded(self, index: int, row: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A partial sum as it arrives: rounded to the wire, unless nothing is sent."""
+        part = self.shards[index].part(row, x, batch)
+        plan = self.plan
+        if plan.wire == "float32" or plan.group(row) == plan.group(row + 1) == (index,):
+            return part
+        return torch.as_tensor(from_wire(to_wire(part.numpy(), plan.wire)))

@@ -1,0 +1,101 @@
+"""What a compute dtype or wire format costs in quality, against float32 of the same file.
+
+`python benchmarks/quality.py`: on a reference text, KL divergence of the next-token distribution,
+perplexity ratio, and share of greedy choices that change; for prompt arithmetic and for generated
+arithmetic, which differ where the machine has no bfloat16 units. Two devices for the wire formats.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.model.batch import ComputeDtype, StepKind
+from engine.plan.plan import Plan, PlanShape
+from engine.plan.presets import even, single
+from engine.text.tokenizer import load_tokenizer
+from engine.weights.checkpoint import open_checkpoint
+from engine.weights.models import fetch_default_model
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.one_process import OneProcess
+
+TEXT = Path(__file__).parent / "reference_text.txt"
+
+
+def compare(
+    found: NDArray[np.float32], exact: NDArray[np.float32], ids: list[int]
+) -> dict[str, float]:
+    """KL in nats, perplexity ratio, share of changed greedy choices."""
+    log_found = torch.log_softmax(torch.as_tensor(found).double(), -1)
+    log_exact = torch.log_softmax(torch.as_tensor(exact).double(), -1)
+    divergence = (log_exact.exp() * (log_exact - log_found)).sum(-1)
+    targets = torch.tensor(ids[1:])[:, None]
+    surprise = [-rows[:-1].gather(1, targets).mean() for rows in (log_found, log_exact)]
+    return {
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "perplexity": float(surprise[0].exp()),
+        "perplexity_ratio": float((surprise[0] - surprise[1]).exp()),
+        "changed_greedy": float((log_found.argmax(-1) != log_exact.argmax(-1)).double().mean()),
+    }
+
+
+def logits_of(model: OneProcess, ids: list[int], kind: StepKind) -> NDArray[np.float32]:
+    """Logits in one pass of prompts, or token by token."""
+    if kind == "prompt":
+        return model.logits(ids)
+    return np.concatenate([model.logits([t], n, "generated") for n, t in enumerate(ids)])
+
+
+def main() -> None:
+    """Measure and write the result."""
+    about = machine.describe()
+    path = fetch_default_model(lambda _done, _total: None)
+    checkpoint = open_checkpoint(path)
+    ids = load_tokenizer(path).encode(TEXT.read_text(encoding="utf-8"))
+    shape = PlanShape.from_config(checkpoint.config)
+    one = single(shape, "a/cpu")
+    two = even(shape, ["a/cpu", "b/cpu"])
+    exact = logits_of(OneProcess(checkpoint, one, window=len(ids)), ids, "prompt")
+    cases: list[tuple[str, Plan, ComputeDtype, StepKind]] = [
+        ("float32, generated", one, "float32", "generated"),
+        ("float32, two devices", two, "float32", "prompt"),
+        ("bfloat16 (auto), prompt", one, "bfloat16", "prompt"),
+        ("bfloat16 (auto), generated", one, "bfloat16", "generated"),
+        ("int8, prompt", one, "int8", "prompt"),
+        ("int8, generated", one, "int8", "generated"),
+    ]
+    for wire in ("bfloat16", "float16"):
+        plan = msgspec.structs.replace(two, wire=wire)
+        cases.append((f"float32, two devices, {wire} wire", plan, "float32", "prompt"))
+    rows: dict[str, Any] = {}
+    lines = [
+        (
+            f"SmolLM2-135M-Instruct Q4_1, {len(ids)} tokens of `benchmarks/reference_text.txt`, "
+            "against one device in float32 in one pass."
+        ),
+        "",
+        "| arithmetic | KL mean (nats) | KL max | perplexity ratio | changed greedy choices |",
+        "|---|---|---|---|---|",
+    ]
+    for name, plan, dtype, kind in cases:
+        found = logits_of(OneProcess(checkpoint, plan, dtype, window=len(ids)), ids, kind)
+        row = compare(found, exact, ids)
+        rows[name] = row
+        lines.append(
+            f"| {name} | {row['kl_mean']:.2e} | {row['kl_max']:.2e} | "
+            f"{row['perplexity_ratio']:.5f} | {row['changed_greedy']:.2%} |"
+        )
+    machine.write("quality", about, rows, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import zmq
 
-from engine.cluster.coordinator import Coordinator, LoadRequest, RunnerAddress
+from engine.cluster.coordinator import Coordinator
 from engine.cluster.join_token import decode_token
 from engine.cluster.messages import Array, Message
 from engine.cluster.security import Gatekeeper, new_key_pair
@@ -28,25 +27,16 @@ from engine.decode.scheduler import Measured, Scheduler
 from engine.decode.sequence import DeviceTotals, Sequence
 from engine.errors import Cancelled, EngineError, PlanError
 from engine.host import messages as api
-from engine.host.nodes import SIMULATED_PREFIX, THIS_NODE, Nodes
+from engine.host.nodes import THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
-from engine.plan.plan import Plan, PlanShape
+from engine.host.plan_application import PlanApplication
+from engine.plan.plan import Plan
 from engine.weights.models import resolve_model
 
 logger = logging.getLogger(__name__)
 
 NODES_SECONDS = 1.0
 BUSY_SECONDS = 0.5
-
-
-@dataclass(slots=True)
-class _Apply:
-    """A plan on its way into force."""
-
-    request_id: int
-    route: bytes
-    plan: Plan
-    is_loading: bool = False
 
 
 @dataclass(slots=True)
@@ -81,9 +71,7 @@ class EngineHost:
         self._calls = _Calls()
         self._model: OpenedModel | None = None
         self._num_threads: int | None = None
-        self._epoch = 0
         self._plan: Plan | None = None
-        self._apply: _Apply | None = None
         self._busy_until = 0.0
         self._nodes_at = 0.0
         self._text_pool = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -91,6 +79,7 @@ class EngineHost:
         self._nodes = Nodes(
             self._context, self.keys, self._call_soon, self._on_nodes, self._on_runner_lost
         )
+        self._application = PlanApplication(self._nodes, self.scheduler, self._send, self._fail)
         self._nodes.start_local(THIS_NODE)
 
     def end_soon(self) -> None:
@@ -154,11 +143,11 @@ class EngineHost:
                 continue
             self._calls.routes[call.request_id] = route
             try:
-                self._serve(call, route)
+                self._serve(call)
             except EngineError as error:
                 self._fail(call.request_id, error)
 
-    def _serve(self, call: Any, route: bytes) -> None:
+    def _serve(self, call: Any) -> None:
         if isinstance(call, api.OpenModel):
             self._text_pool.submit(self._guard, call.request_id, self._open_model, call)
         elif isinstance(call, api.AddSimulatedNodes):
@@ -168,11 +157,13 @@ class EngineHost:
             self._nodes.join(decode_token(call.token))
             self._end(call.request_id, api.Done(request_id=call.request_id))
         elif isinstance(call, api.ApplyPlan):
-            self._begin_apply(call, route)
+            if self._model is None:
+                raise PlanError("no model is open; open one before applying a plan")
+            self._application.begin(call, self._model, self._num_threads)
         else:
             if self._model is None:
                 raise PlanError("no model is open; open one first")
-            if self._plan is None and self._apply is None:
+            if self._plan is None and not self._application.is_active:
                 raise PlanError("no plan is in force; apply one first")
             self._text_pool.submit(self._guard, call.request_id, self._submit, call)
 
@@ -180,9 +171,7 @@ class EngineHost:
         if request_id in self._calls.routes:
             self._calls.cancelled.add(request_id)
             self.scheduler.cancel(request_id)
-            job = self._apply
-            if job is not None and job.request_id == request_id and not job.is_loading:
-                self._apply = None
+            if self._application.cancel(request_id):
                 self._fail(request_id, Cancelled("applying the plan was cancelled"))
 
     def _send(self, request_id: int, event: Message, tensors: list[Array] | None = None) -> None:
@@ -288,145 +277,19 @@ class EngineHost:
         self._send(call.request_id, event)
         self._end(call.request_id, api.Done(request_id=call.request_id))
 
-    def _begin_apply(self, call: api.ApplyPlan, route: bytes) -> None:
-        if self._model is None:
-            raise PlanError("no model is open; open one before applying a plan")
-        if self._apply is not None:
-            raise PlanError("another plan is being applied; wait for it, or cancel it")
-        plan = call.plan.validate()
-        if plan.shape != PlanShape.from_config(self._model.config):
-            raise PlanError(
-                f"the plan is for another model ({plan.shape.num_layers} layers, "
-                f"{plan.shape.num_heads} heads), the open one has {self._model.config.num_layers} "
-                f"layers and {self._model.config.num_heads} heads. Make a plan for it"
-            )
-        for index in plan.used_devices():
-            name = plan.devices[index].rpartition("/")[0]
-            node = self._nodes.get(name)
-            if node is None or node.state == "lost":
-                number = re.fullmatch(re.escape(SIMULATED_PREFIX) + r"([1-9]\d?)", name)
-                if name == THIS_NODE or number is not None:
-                    self._nodes.start_local(name)
-                else:
-                    known = ", ".join(self._nodes.names())
-                    raise PlanError(
-                        f"the plan uses {plan.devices[index]}, but there is no node {name!r}; "
-                        f"known are {known}. Add the node, or change the plan"
-                    )
-        self._apply = _Apply(call.request_id, route, plan)
-        self._advance_apply()
-
     def _on_nodes(self) -> None:
-        self._call_soon(self._advance_apply)
+        self._call_soon(self._application.advance)
         self._nodes_at = 0.0
 
-    def _advance_apply(self) -> None:
-        """Go on with the plan being applied, as far as nodes and runners are there."""
-        job = self._apply
-        if job is None or job.is_loading or self._model is None:
-            return
-        plan = job.plan
-        used = [plan.devices[i] for i in plan.used_devices()]
-        try:
-            runners = self._runners_for(used)
-        except EngineError as error:
-            self._apply = None
-            self._fail(job.request_id, error)
-            return
-        for_event = api.Progress(
-            request_id=job.request_id,
-            phase="start",
-            subject=", ".join(d for d in used if d not in {r.device for r in runners}),
-            done=len(runners),
-            total=len(used),
-        )
-        self._send(job.request_id, for_event)
-        if len(runners) < len(used):
-            return
-        job.is_loading = True
-        self._epoch += 1
-        model = self._model
-        load = LoadRequest(
-            epoch=self._epoch,
-            config=model.config,
-            plan=plan,
-            dtype=model.dtype,
-            kv_window=model.kv_window,
-            threads=self._threads_for(used),
-            checkpoint_id=model.identity,
-            tensors=model.tensors,
-            source=model.checkpoint,
-        )
-        self.scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
-
-    def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
-        """Runners that are there; starts the others where their node is ready."""
-        remote = next(
-            (n for d in used if (n := self._nodes.node_of(d)) and n.kind == "remote"), None
-        )
-        listen_address = "127.0.0.1"
-        if remote is not None and remote.channel is not None:
-            listen_address = self._address_towards(remote.channel)
-        runners: list[RunnerAddress] = []
-        for device in used:
-            node = self._nodes.node_of(device)
-            if node is None or node.state == "lost":
-                reason = node.reason if node is not None else "it is not known"
-                raise PlanError(f"{device} cannot take part: {reason}")
-            if node.state == "starting":
-                continue
-            if self._nodes.info(device) is None:
-                known = ", ".join(d.rpartition("/")[2] for d in node.devices())
-                raise PlanError(f"{device}: node {node.name} has no such device; it has {known}")
-            self._nodes.start_runner(device, "" if node.kind == "remote" else listen_address)
-            runner = self._nodes.runner(device)
-            if runner is not None:
-                runners.append(runner)
-        return runners
-
-    @staticmethod
-    def _address_towards(channel: Channel[Any]) -> str:
-        """This computer's address on the way to a remote worker."""
-        import socket
-
-        endpoint = channel.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((host, 9))  # Sends nothing: UDP only chooses a route.
-            except OSError:
-                return "127.0.0.1"
-            return str(probe.getsockname()[0])
-
-    def _threads_for(self, used: list[str]) -> dict[str, int]:
-        """Threads of each runner: as asked, else the cores of its computer shared out."""
-        local = [d for d in used if (n := self._nodes.node_of(d)) and n.kind != "remote"]
-        local_cpus = [d for d in local if d.endswith("/cpu")]
-        threads: dict[str, int] = {}
-        for device in used:
-            info = self._nodes.info(device)
-            assert info is not None
-            sharing = len(local_cpus) if device in local_cpus else 1
-            threads[device] = self._num_threads or max(1, info.num_cores // max(1, sharing))
-        return threads
-
     def _on_runner_lost(self, device: str, cause: str) -> None:
-        job = self._apply
-        if job is not None and not job.is_loading and device in job.plan.devices:
-            self._apply = None
-            self._fail(job.request_id, PlanError(f"{device} could not be started: {cause}"))
+        self._application.runner_lost(device, cause)
         self.scheduler.device_lost(device, cause)
 
     def _send_nodes(self) -> None:
         self._nodes_at = time.monotonic()
         plan = self._plan
         in_use = {plan.devices[i] for i in plan.used_devices()} if plan is not None else set[str]()
-        job = self._apply
-        loading = (
-            {job.plan.devices[i] for i in job.plan.used_devices()}
-            if job is not None and job.is_loading
-            else set[str]()
-        )
+        loading = self._application.loading_devices
         busy = in_use if time.monotonic() < self._busy_until else set[str]()
         self._broadcast(api.NodesChanged(nodes=self._nodes.states(busy, loading, in_use)))
 
@@ -458,8 +321,7 @@ class EngineHost:
         """A request, or putting a plan in force, ended with an error."""
 
         def tell() -> None:
-            if self._apply is not None and self._apply.request_id == request_id:
-                self._apply = None
+            if self._application.end(request_id):
                 self._plan = None
             self._fail(request_id, error)
 
@@ -474,7 +336,7 @@ class EngineHost:
         """A plan is in force."""
 
         def tell() -> None:
-            self._apply = None
+            self._application.end(request_id)
             self._plan = plan
             self._nodes.stop_runners_except({plan.devices[i] for i in plan.used_devices()})
             self._broadcast(api.PlanApplied(epoch=epoch, plan=plan))

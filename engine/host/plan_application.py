@@ -1,0 +1,233 @@
+"""Brings a plan into force: nodes it needs, a runner for each device, then the weights.
+
+In: a plan and an open model. Out: a load request for the scheduler, once every runner listens; or
+one error. Belongs to the host's main thread and waits for nothing: it goes on when something
+happened to the nodes.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from engine.cluster.coordinator import LoadRequest, RunnerAddress
+from engine.cluster.messages import Message
+from engine.cluster.transport import Channel
+from engine.decode.scheduler import Scheduler
+from engine.errors import EngineError, PlanError
+from engine.host import messages as api
+from engine.host.nodes import SIMULATED_PREFIX, THIS_NODE, Nodes
+from engine.host.opened_model import OpenedModel
+from engine.plan.plan import Plan, PlanShape
+
+
+@dataclass(slots=True)
+class _Job:
+    """A plan on its way into force."""
+
+    request_id: int
+    plan: Plan
+    model: OpenedModel
+    num_threads: int | None
+    is_loading: bool = False
+
+    @property
+    def devices(self) -> list[str]:
+        """Devices with a share."""
+        return [self.plan.devices[i] for i in self.plan.used_devices()]
+
+
+class PlanApplication:
+    """At most one plan at a time is on its way."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        scheduler: Scheduler,
+        send: Callable[[int, Message], None],
+        fail: Callable[[int, EngineError], None],
+    ) -> None:
+        """Args: send, fail: tell a call's owner of progress, or of its end with an error."""
+        self._nodes = nodes
+        self._scheduler = scheduler
+        self._send = send
+        self._fail = fail
+        self._job: _Job | None = None
+        self._epoch = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a plan is on its way."""
+        return self._job is not None
+
+    @property
+    def loading_devices(self) -> set[str]:
+        """Devices that take weights right now."""
+        job = self._job
+        return set(job.devices) if job is not None and job.is_loading else set[str]()
+
+    def begin(self, call: api.ApplyPlan, model: OpenedModel, num_threads: int | None) -> None:
+        """Start with a plan.
+
+        Raises: PlanError: another one is on its way, or this one does not fit model and nodes.
+        """
+        if self._job is not None:
+            raise PlanError("another plan is being applied; wait for it, or cancel it")
+        plan = call.plan.validate()
+        if plan.shape != PlanShape.from_config(model.config):
+            raise PlanError(
+                f"the plan is for another model ({plan.shape.num_layers} layers, "
+                f"{plan.shape.num_heads} heads), the open one has {model.config.num_layers} "
+                f"layers and {model.config.num_heads} heads. Make a plan for it"
+            )
+        for index in plan.used_devices():
+            self._require_node(plan.devices[index])
+        self._job = _Job(call.request_id, plan, model, num_threads)
+        self.advance()
+
+    def advance(self) -> None:
+        """Go on, as far as nodes and runners are there."""
+        job = self._job
+        if job is None or job.is_loading:
+            return
+        used = job.devices
+        try:
+            runners = self._runners_for(used)
+        except EngineError as error:
+            self._job = None
+            self._fail(job.request_id, error)
+            return
+        there = {runner.device for runner in runners}
+        waiting_for = ", ".join(device for device in used if device not in there)
+        self._send(
+            job.request_id,
+            api.Progress(
+                request_id=job.request_id,
+                phase="start",
+                subject=waiting_for,
+                done=len(runners),
+                total=len(used),
+            ),
+        )
+        if len(runners) == len(used):
+            self._load(job, runners)
+
+    def cancel(self, request_id: int) -> bool:
+        """Give a plan up that is not loading yet; True if that was it."""
+        job = self._job
+        if job is None or job.request_id != request_id or job.is_loading:
+            return False
+        self._job = None
+        return True
+
+    def runner_lost(self, device: str, cause: str) -> None:
+        """A runner ended before it could load."""
+        job = self._job
+        if job is not None and not job.is_loading and device in job.devices:
+            self._job = None
+            self._fail(
+                job.request_id, PlanError(f"{device} could not be started: {cause}. Try again")
+            )
+
+    def end(self, request_id: int) -> bool:
+        """The scheduler is done with a plan, well or not; True if it was ours."""
+        if self._job is None or self._job.request_id != request_id:
+            return False
+        self._job = None
+        return True
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _require_node(self, device: str) -> None:
+        """Make sure that a device's node is there or on its way."""
+        name = device.rpartition("/")[0]
+        node = self._nodes.get(name)
+        if node is not None and node.state != "lost":
+            return
+        is_simulated = re.fullmatch(re.escape(SIMULATED_PREFIX) + r"[1-9]\d?", name)
+        if name != THIS_NODE and not is_simulated:
+            known = ", ".join(self._nodes.names())
+            raise PlanError(
+                f"the plan uses {device}, but there is no node {name!r}; known are {known}. Add "
+                "the node, or change the plan"
+            )
+        self._nodes.start_local(name)
+
+    def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
+        """Runners that are there; starts the others where their node is ready."""
+        listen_address = self._listen_address(used)
+        runners: list[RunnerAddress] = []
+        for device in used:
+            node = self._nodes.node_of(device)
+            if node is None or node.state == "lost":
+                reason = node.reason if node is not None else "it is not known"
+                raise PlanError(f"{device} cannot take part: {reason}")
+            if node.state == "starting":
+                continue
+            if self._nodes.info(device) is None:
+                known = ", ".join(name.rpartition("/")[2] for name in node.devices())
+                raise PlanError(f"{device}: node {node.name} has no such device; it has {known}")
+            self._nodes.start_runner(device, "" if node.kind == "remote" else listen_address)
+            runner = self._nodes.runner(device)
+            if runner is not None:
+                runners.append(runner)
+        return runners
+
+    def _listen_address(self, used: list[str]) -> str:
+        """Where runners of this computer listen: loopback, unless another computer takes part."""
+        for device in used:
+            node = self._nodes.node_of(device)
+            if node is not None and node.kind == "remote" and node.channel is not None:
+                return _address_towards(node.channel)
+        return "127.0.0.1"
+
+    def _load(self, job: _Job, runners: list[RunnerAddress]) -> None:
+        job.is_loading = True
+        self._epoch += 1
+        model = job.model
+        load = LoadRequest(
+            epoch=self._epoch,
+            config=model.config,
+            plan=job.plan,
+            dtype=model.dtype,
+            kv_window=model.kv_window,
+            threads=self._threads_for(job),
+            checkpoint_id=model.identity,
+            tensors=model.tensors,
+            source=model.checkpoint,
+        )
+        self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
+
+    def _threads_for(self, job: _Job) -> dict[str, int]:
+        """Threads of each runner: as asked, else the cores of its computer shared out."""
+        local_cpus = [
+            device
+            for device in job.devices
+            if (node := self._nodes.node_of(device)) is not None
+            and node.kind != "remote"
+            and device.endswith("/cpu")
+        ]
+        threads: dict[str, int] = {}
+        for device in job.devices:
+            info = self._nodes.info(device)
+            assert info is not None
+            sharing = len(local_cpus) if device in local_cpus else 1
+            threads[device] = job.num_threads or max(1, info.num_cores // sharing)
+        return threads
+
+
+def _address_towards(channel: Channel[Any]) -> str:
+    """This computer's address on the way to a remote worker."""
+    endpoint = channel.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # Sends nothing: UDP only chooses a route.
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])

@@ -55,8 +55,6 @@ def run(
     except EngineError as error:
         print(f"shardmix-worker: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def _serve(name: str, host: str | None, port: int) -> None:
@@ -77,7 +75,11 @@ def _serve(name: str, host: str | None, port: int) -> None:
         has_lease=True,
     )
 
-    def end(_number: int, _frame: object) -> None:
+    was_interrupted = False
+
+    def end(number: int, _frame: object) -> None:
+        nonlocal was_interrupted
+        was_interrupted = number == signal.SIGINT
         worker.end_soon()
 
     signal.signal(signal.SIGINT, end)
@@ -94,6 +96,8 @@ def _serve(name: str, host: str | None, port: int) -> None:
         worker.run()
     finally:
         worker.close()
+    if was_interrupted:
+        raise typer.Exit(130)
 
 
 def main() -> None:

@@ -182,14 +182,10 @@ class Worker:
             first, end = self._runner_ports
             settings["control_endpoint"] = f"tcp://{host}:{first}-{end}"
             settings["exchange_endpoint"] = f"tcp://{host}:{first}-{end}"
-        # libgomp would spin for milliseconds after each parallel region and starve the other
-        # processes of a small machine.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
         child = Child(
             "engine.cluster.runner",
             ["shardmix-runner", message.device],
             Greeting(self._host_key.decode("ascii"), settings),
-            environment=environment,
             on_exit=self._on_runner_exit,
         )
         self._runners[message.device] = child

@@ -43,12 +43,13 @@ class WeightSource(Protocol):
 
 
 class RunnerAddress(msgspec.Struct, frozen=True):
-    """Where a runner listens, and its key."""
+    """Where a runner listens, its key, and the key pair it expects the engine host to have."""
 
     device: str
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
+    host_keys: KeyPair
 
 
 class LoadRequest(NamedTuple):
@@ -94,9 +95,15 @@ def describe_rows(plan: Plan, device_index: int) -> str:
 class _Link:
     """The sockets to one runner."""
 
-    def __init__(self, context: zmq.Context[Any], keys: KeyPair, address: RunnerAddress) -> None:
+    def __init__(self, context: zmq.Context[Any], address: RunnerAddress) -> None:
         self.address = address
-        socket = connect(context, zmq.DEALER, keys, address.public_key, address.control_endpoint)
+        socket = connect(
+            context,
+            zmq.DEALER,
+            address.host_keys,
+            address.public_key,
+            address.control_endpoint,
+        )
         self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
         self.monitor = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -119,10 +126,9 @@ class _Link:
 class Coordinator:
     """The runners of one engine host."""
 
-    def __init__(self, context: zmq.Context[Any], keys: KeyPair) -> None:
-        """Args: keys: the engine host's; runners know its public half."""
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        """Know no runner yet."""
         self._context = context
-        self._keys = keys
         self._links: dict[str, _Link] = {}
         self._lost: deque[tuple[str, str]] = deque()
         self._wake_receiver = context.socket(zmq.PULL)
@@ -271,7 +277,7 @@ class Coordinator:
                 del self._links[device]
         for device, address in wanted.items():
             if device not in self._links:
-                link = _Link(self._context, self._keys, address)
+                link = _Link(self._context, address)
                 self._links[device] = link
                 self._poller.register(link.channel.socket, zmq.POLLIN)
                 self._poller.register(link.monitor, zmq.POLLIN)

@@ -46,7 +46,8 @@ def decode_token(line: str) -> JoinToken:
     try:
         if not text.startswith(PREFIX):
             raise ValueError
-        raw = base64.urlsafe_b64decode(text[len(PREFIX) :] + "=" * (-len(text) % 4 + 2))
+        body = text[len(PREFIX) :]
+        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         return msgspec.msgpack.decode(raw, type=JoinToken)
     except (ValueError, binascii.Error, msgspec.DecodeError):
         raise PeerRefused(

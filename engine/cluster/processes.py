@@ -205,7 +205,8 @@ def end_with_parent(on_lost: Callable[[], None], grace_seconds: float = 1.0) -> 
     """
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        # Not through sys.stdin, whose lock this thread would hold when the interpreter ends.
+        while os.read(0, 4096):
             pass
         on_lost()
         time.sleep(grace_seconds)

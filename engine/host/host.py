@@ -75,7 +75,7 @@ class EngineHost:
         self._busy_until = 0.0
         self._nodes_at = 0.0
         self._text_pool = ThreadPoolExecutor(1, thread_name_prefix="text")
-        self.scheduler = Scheduler(lambda: Coordinator(self._context, self.keys), self)
+        self.scheduler = Scheduler(lambda: Coordinator(self._context), self)
         self._nodes = Nodes(
             self._context, self.keys, self._call_soon, self._on_nodes, self._on_runner_lost
         )

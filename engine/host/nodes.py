@@ -6,6 +6,7 @@ addresses for plans. Everything runs in the host's main thread, except starting 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -40,9 +41,12 @@ State = Literal["starting", "ready", "loading", "busy", "lost"]
 class Node:
     """One computer's worker as this host sees it."""
 
-    def __init__(self, name: str, kind: Literal["this", "simulated", "remote"]) -> None:
-        """Args: name: first part of its devices' names."""
+    def __init__(
+        self, name: str, kind: Literal["this", "simulated", "remote"], keys: KeyPair
+    ) -> None:
+        """Args: name: first part of its devices' names. keys: what this host shows its worker."""
         self.name = name
+        self.keys = keys
         self.kind: Literal["this", "simulated", "remote"] = kind
         self.state: State = "starting"
         self.reason = ""
@@ -57,11 +61,6 @@ class Node:
     def devices(self) -> dict[str, m.DeviceInfo]:
         """Its devices by name; empty until it has said who it is."""
         return {d.device: d for d in self.description.devices} if self.description else {}
-
-    def send(self, message: m.Message) -> None:
-        """Send if it is connected."""
-        if self.channel is not None:
-            self.channel.send(message)
 
 
 class Nodes:
@@ -99,7 +98,7 @@ class Nodes:
         node = self._nodes.get(name)
         if node is not None and node.state != "lost":
             return
-        node = Node(name, "this" if name == THIS_NODE else "simulated")
+        node = Node(name, "this" if name == THIS_NODE else "simulated", self._keys)
         self._nodes[name] = node
         threading.Thread(
             target=self._spawn, args=(node,), name=f"start {name}", daemon=True
@@ -129,9 +128,9 @@ class Nodes:
         name, number = token.name, 2
         while name in self._nodes and self._nodes[name].state != "lost":
             name, number = f"{token.name}-{number}", number + 1
-        node = Node(name, "remote")
+        node = Node(name, "remote", token.guest)
         self._nodes[name] = node
-        self._connect(node, token.guest, token.public_key, token.endpoint)
+        self._connect(node, token.public_key, token.endpoint)
         return name
 
     def _spawn(self, node: Node) -> None:
@@ -156,16 +155,26 @@ class Nodes:
         self._call_soon(lambda: self._connect_child(node, address))
 
     def _connect_child(self, node: Node, address: Address) -> None:
-        self._connect(node, self._keys, address.public_key.encode("ascii"), address.endpoints[0])
+        self._connect(node, address.public_key.encode("ascii"), address.endpoints[0])
 
-    def _connect(self, node: Node, keys: KeyPair, server_key: bytes, endpoint: str) -> None:
+    def _connect(self, node: Node, server_key: bytes, endpoint: str) -> None:
         if self._is_closing:
             return
-        socket = connect(self._context, zmq.DEALER, keys, server_key, endpoint)
+        socket = connect(self._context, zmq.DEALER, node.keys, server_key, endpoint)
         node.channel = Channel(socket, m.WORKER_SENDS)
         node.heard_at = time.monotonic()
-        node.send(m.Hello())
+        self._tell(node, m.Hello())
         self._on_change()
+
+    def _tell(self, node: Node, message: m.Message) -> None:
+        """Send, if the node is connected; one that takes nothing is lost."""
+        if node.channel is None:
+            return
+        try:
+            node.channel.send(message)
+        except WorkerLost:
+            # libzmq drops the connection for good when the other end refuses our key.
+            self._lose(node, "it refuses this desk; copy its join token again")
 
     # ---- hearing -----------------------------------------------------------------------------
 
@@ -198,7 +207,7 @@ class Nodes:
             self._hello_at = now
             for node in self._nodes.values():
                 if node.kind == "remote" and node.state != "lost":
-                    node.send(m.Hello())
+                    self._tell(node, m.Hello())
         return changed
 
     def _take(self, node: Node, message: m.Message) -> None:
@@ -212,7 +221,11 @@ class Nodes:
             device = self._own_name(node, message.device)
             listen_address = node.starting.pop(device, "")
             address = RunnerAddress(
-                device, message.control_endpoint, message.exchange_endpoint, message.public_key
+                device,
+                message.control_endpoint,
+                message.exchange_endpoint,
+                message.public_key,
+                node.keys,
             )
             node.runners[device] = (address, listen_address)
             self._on_change()
@@ -281,10 +294,10 @@ class Nodes:
             if node.runners[device][1] == listen_address:
                 return
             del node.runners[device]
-            node.send(m.StopRunner(device=worker_name))
+            self._tell(node, m.StopRunner(device=worker_name))
         if device not in node.starting:
             node.starting[device] = listen_address
-            node.send(m.StartRunner(device=worker_name, listen_address=listen_address))
+            self._tell(node, m.StartRunner(device=worker_name, listen_address=listen_address))
 
     def stop_runners_except(self, devices: set[str]) -> None:
         """Free the memory of devices that have no share."""
@@ -293,7 +306,7 @@ class Nodes:
                 del node.runners[device]
                 assert node.description is not None
                 kind = device.rpartition("/")[2]
-                node.send(m.StopRunner(device=f"{node.description.name}/{kind}"))
+                self._tell(node, m.StopRunner(device=f"{node.description.name}/{kind}"))
 
     def runner(self, device: str) -> RunnerAddress | None:
         """Where a device's runner listens, once it does."""
@@ -359,7 +372,8 @@ class Nodes:
             if node.channel is not None:
                 if node.kind == "remote":
                     node.channel.socket.linger = 200
-                    node.channel.send(m.Shutdown())
+                    with contextlib.suppress(WorkerLost):
+                        node.channel.send(m.Shutdown())
                 node.channel.socket.close()
         children = [n.child for n in self._nodes.values() if n.child is not None]
         enders = [threading.Thread(target=child.end, daemon=True) for child in children]

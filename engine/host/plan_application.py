@@ -149,6 +149,8 @@ class PlanApplication:
         node = self._nodes.get(name)
         if node is not None and node.state != "lost":
             return
+        if node is not None and node.kind == "remote":
+            raise PlanError(f"{device} cannot take part: {node.reason}")
         is_simulated = re.fullmatch(re.escape(SIMULATED_PREFIX) + r"[1-9]\d?", name)
         if name != THIS_NODE and not is_simulated:
             known = ", ".join(self._nodes.names())
@@ -205,20 +207,21 @@ class PlanApplication:
 
     def _threads_for(self, job: _Job) -> dict[str, int]:
         """Threads of each runner: as asked, else the cores of its computer shared out."""
-        local_cpus = [
-            device
-            for device in job.devices
-            if (node := self._nodes.node_of(device)) is not None
-            and node.kind != "remote"
-            and device.endswith("/cpu")
-        ]
+        computers = [self._computer(device) for device in job.devices]
         threads: dict[str, int] = {}
-        for device in job.devices:
+        for device, computer in zip(job.devices, computers, strict=True):
             info = self._nodes.info(device)
             assert info is not None
-            sharing = len(local_cpus) if device in local_cpus else 1
+            sharing = computers.count(computer)
             threads[device] = job.num_threads or max(1, info.num_cores // sharing)
         return threads
+
+    def _computer(self, device: str) -> tuple[str, bool]:
+        """What shares its cores with others: a computer's CPU runners, simulated nodes included."""
+        node = self._nodes.node_of(device)
+        assert node is not None
+        assert node.description is not None
+        return node.description.host_name, device.endswith("/cpu")
 
 
 def _address_towards(channel: Channel[Any]) -> str:

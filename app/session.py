@@ -89,7 +89,7 @@ class Session(QObject):
         self.plan: Plan | None = None
         self.last_plan: Plan | None = None
         self.nodes: tuple[NodeState, ...] = ()
-        self.device_order: list[str] = []
+        self.device_order: list[str] = [HOME_DEVICE]
         self.progress: dict[str, Progress] = {}
         self._open_path: str | None = options.model
         self._open_request = 0
@@ -266,8 +266,10 @@ class Session(QObject):
             case NodesChanged():
                 self.nodes = event.nodes
                 for node in event.nodes:
-                    for device in node.devices:
-                        self.device_index(device.device)
+                    # A node that still starts keeps its place, and with it its colour.
+                    names = [device.device for device in node.devices]
+                    for device in names or [f"{node.name}/cpu"]:
+                        self.device_index(device)
                 self.nodes_changed.emit()
                 self._apply_first_plan()
             case PlanApplied():

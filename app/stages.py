@@ -16,7 +16,7 @@ class Stage(Enum):
     OPENING = "opening the model"
     LOADING = "loading weights"
     READY = "ready"
-    STOPPED = "stopped"
+    STOPPED = "no split is running"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from app.figures import figure, figure_count, figure_seconds
 from app.look import Look
 from app.monitor.charts import Sparkline
 from app.monitor.history import History, bottleneck_text
-from app.monitor.now_panel import plan_in_words
+from app.plan_facts import plan_in_words
 from app.session import Session
 from app.widgets.making import make_label
 
@@ -61,9 +61,11 @@ class StatusStrip(QFrame):
     def refresh(self) -> None:
         """Show what does not change with time alone."""
         session, conversation = self._session, self._conversation
-        text = plan_in_words(session) if session.is_ready else session.stage.value
-        if session.is_applying and session.plan is not None:
-            text = f"{text} · a new split is loading"
+        text = session.stage.value
+        if session.plan is not None and session.is_ready:
+            text = plan_in_words(session.plan, session.device_label)
+            if session.is_applying:
+                text += " · a new split is loading"
         self._plan.setText(text)
         self._first.setText(f"first token {figure_seconds(conversation.ttft_s)}")
         window = None if session.model is None else session.model.kv_window

@@ -85,10 +85,7 @@ class MainWindow(QMainWindow):
         """Go to a page of the rail."""
         self.pages.setCurrentIndex(index)
         self._rail_buttons.button(index).setChecked(True)
-        if index == 0:
-            self.chat_page.composer.edit.setFocus()
-        elif index == 2:
-            self.split_page.canvas.setFocus()
+        self._first_fields[index].setFocus()
 
     def closeEvent(self, event: QCloseEvent) -> None:  # noqa: N802
         """Remember the place; the application ends the engine after the last window."""
@@ -123,6 +120,12 @@ class MainWindow(QMainWindow):
         self._rail_buttons.idClicked.connect(self.show_page)
         for page in (self.chat_page, self.cluster_page, self.split_page, self.monitor_page):
             self.pages.addWidget(page)
+        self._first_fields = (
+            self.chat_page.composer.edit,
+            self.cluster_page.tree,
+            self.split_page.canvas,
+            self.monitor_page,
+        )
         middle = QHBoxLayout()
         middle.setContentsMargins(0, 0, 0, 0)
         middle.setSpacing(0)

@@ -14,22 +14,18 @@ import platform
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from engine.cluster.messages import Message
+from engine.cli_output import ProgressDisplay, plan_dict, printer, report
 from engine.decode.sampling import validate_sampling
 from engine.errors import ConfigError, EngineError
 from engine.host import messages as api
-from engine.plan.plan_file import plan_to_toml
 from engine.session import Session, SessionOptions, parse_ids
 
 app = typer.Typer(
@@ -79,67 +75,6 @@ NodeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 
 
-class _ProgressDisplay:
-    """Shows what takes time, on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
-        self._tasks: dict[tuple[str, str], TaskID] = {}
-        self._is_started = False
-        self._told: set[str] = set()
-
-    def show(self, message: Message) -> None:
-        """Follow one event."""
-        if isinstance(message, api.ModelOpened) and message.warning:
-            self._console.print(f"warning: {message.warning}", style="yellow")
-        if not isinstance(message, api.Progress):
-            return
-        if not self._console.is_terminal:
-            self._tell(message)
-            return
-        if not self._is_started:
-            self._progress.start()
-            self._is_started = True
-        key = (message.phase, "" if message.phase == "start" else message.subject)
-        text = _phase_text(message)
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(text, total=message.total or None)
-        self._progress.update(self._tasks[key], completed=message.done, total=message.total or None)
-        if message.total and message.done >= message.total:
-            self._progress.remove_task(self._tasks.pop(key))
-
-    def stop(self) -> None:
-        """Leave the terminal clean."""
-        if self._is_started:
-            self._progress.stop()
-            self._is_started = False
-            self._tasks.clear()
-
-    def _tell(self, message: api.Progress) -> None:
-        """One line per phase where nobody watches a bar."""
-        if message.phase == "fetch" and message.phase not in self._told:
-            self._told.add(message.phase)
-            self._console.print(_phase_text(message), soft_wrap=True)
-
-
-def _phase_text(message: api.Progress) -> str:
-    if message.phase == "fetch":
-        return f"fetching the model ({message.total / 1e6:.0f} MB)"
-    if message.phase == "start":
-        return "starting runners"
-    if message.phase == "weights":
-        return f"weights to {message.subject}"
-    return "reading the prompt"
-
-
 def _fail(error: EngineError) -> NoReturn:
     """One line on standard error, exit code 1."""
     line = " ".join(str(error).split())
@@ -147,9 +82,9 @@ def _fail(error: EngineError) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _run(options: SessionOptions, work: Callable[[Session, _ProgressDisplay], None]) -> None:
+def _run(options: SessionOptions, work: Callable[[Session, ProgressDisplay], None]) -> None:
     """Open a session, do the work, and turn errors into exit codes."""
-    display = _ProgressDisplay()
+    display = ProgressDisplay()
     try:
         with Session(options, display.show) as session:
             work(session, display)
@@ -162,37 +97,6 @@ def _run(options: SessionOptions, work: Callable[[Session, _ProgressDisplay], No
         raise typer.Exit(1) from None
     finally:
         display.stop()
-
-
-def _plan_dict(finished: api.Finished) -> dict[str, Any]:
-    return tomllib.loads(plan_to_toml(finished.plan))
-
-
-def _report(finished: api.Finished) -> dict[str, Any]:
-    """The JSON object of DESIGN § 11."""
-    return {
-        "text": finished.text,
-        "token_ids": list(finished.token_ids),
-        "finish_reason": finished.finish_reason,
-        "prompt_tokens": finished.prompt_tokens,
-        "seed": finished.seed,
-        "timings": {
-            "ttft_s": finished.ttft_s,
-            "prefill_tps": finished.prefill_tps,
-            "decode_tps": finished.decode_tps,
-        },
-        "plan": _plan_dict(finished),
-        "devices": [
-            {
-                "name": d.device,
-                "compute_s": d.compute_s,
-                "wait_s": d.wait_s,
-                "network_s": d.network_s,
-                "network_bytes": d.network_bytes,
-            }
-            for d in finished.devices
-        ],
-    }
 
 
 @app.callback(invoke_without_command=True)
@@ -261,13 +165,13 @@ def generate(
     except EngineError as error:
         _fail(error)
 
-    def work(session: Session, display: _ProgressDisplay) -> None:
-        session.listen(_printer(display) if not as_json else display.show)
+    def work(session: Session, display: ProgressDisplay) -> None:
+        session.listen(printer(display) if not as_json else display.show)
         finished = session.generate(
             prompt, raw=raw, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ())
         )
         display.stop()
-        print(json.dumps(_report(finished)) if as_json else "")
+        print(json.dumps(report(finished)) if as_json else "")
 
     _run(options, work)
 
@@ -296,7 +200,7 @@ def logits(
     except EngineError as error:
         _fail(error)
 
-    def work(session: Session, display: _ProgressDisplay) -> None:
+    def work(session: Session, display: ProgressDisplay) -> None:
         rows = session.logits(numbers)
         display.stop()
         try:
@@ -325,10 +229,10 @@ def chat(
     """Talk in the terminal. Ctrl+C stops an answer, /new starts over, Ctrl+D or /exit ends."""
     sampling = api.SamplingSettings(temperature=temperature, top_p=top_p, seed=seed)
 
-    def work(session: Session, display: _ProgressDisplay) -> None:
+    def work(session: Session, display: ProgressDisplay) -> None:
         display.stop()
         print(f"{session.model.name} is ready. /new starts over, /exit ends.", file=sys.stderr)
-        session.listen(_printer(display))
+        session.listen(printer(display))
         turns: list[api.ChatTurn] = []
         while True:
             try:
@@ -379,7 +283,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode speed."""
 
-    def work(session: Session, display: _ProgressDisplay) -> None:
+    def work(session: Session, display: ProgressDisplay) -> None:
         session.benchmark(min(prompt_tokens, 64), 8)  # Warm caches and thread pools.
         finished = session.benchmark(prompt_tokens, generated_tokens)
         display.stop()
@@ -392,8 +296,8 @@ def bench(
             "prefill_tps": finished.prefill_tps,
             "decode_tps": finished.decode_tps,
             "ttft_s": finished.ttft_s,
-            "plan": _plan_dict(finished),
-            "devices": _report(finished)["devices"],
+            "plan": plan_dict(finished),
+            "devices": report(finished)["devices"],
             "machine": platform.processor() or platform.machine(),
         }
         if as_json:
@@ -425,19 +329,6 @@ def _options(
         kv_window=kv_window,
         nodes=tuple(node or ()),
     )
-
-
-def _printer(display: _ProgressDisplay) -> Callable[[Message], None]:
-    """Print text as it comes; the progress bar ends with the first word."""
-
-    def show(message: Message) -> None:
-        if isinstance(message, api.TokensGenerated):
-            display.stop()
-            print(message.text, end="", flush=True)
-        else:
-            display.show(message)
-
-    return show
 
 
 def _read_text(path: Path | None) -> str:

@@ -14,6 +14,7 @@ from PySide6.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
+from superqt import QElidingLabel
 
 from app.chat.composer import Composer
 from app.chat.conversation import Conversation
@@ -27,9 +28,10 @@ from app.monitor.now_panel import PANEL_WIDTH, NowPanel
 from app.progress import ProgressText, bar_range, overall
 from app.session import Session
 from app.stages import Stage
-from app.widgets.making import make_button, make_card, make_label, mark_page
+from app.widgets.making import keep_width, make_button, make_card, make_label, mark_page
 
-NARROW_PX = 820
+MIN_TEXT_PX = 600
+WIDE_HEAD_PX = 840
 
 
 class ChatPage(QWidget):
@@ -57,7 +59,9 @@ class ChatPage(QWidget):
         self.now_panel = NowPanel(session, history, look)
         self.parameters = ParametersPanel(conversation.settings)
         self.parameters.setFixedWidth(PANEL_WIDTH + 16)
-        self._model_name = make_label("", "modelName", "title")
+        self._model_name = QElidingLabel()
+        self._model_name.setObjectName("modelName")
+        self._model_name.setProperty("role", "title")
         self._model_facts = make_label("", "modelFacts", "small")
         self._context = make_label("", "contextText", "small")
         self._context_bar = QProgressBar()
@@ -98,7 +102,12 @@ class ChatPage(QWidget):
         trouble = session.trouble
         self._banner.setVisible(trouble is not None and bool(conversation.messages))
         if trouble is not None:
-            self._banner_text.setText(f"{trouble.title}. {trouble.message}")
+            # What an answer says already is not said twice.
+            is_told = bool(conversation.messages) and (
+                conversation.messages[-1].error == trouble.message
+            )
+            text = trouble.title if is_told else f"{trouble.title}. {trouble.message}"
+            self._banner_text.setText(text)
             self._banner_button.setText(REMEDIES[trouble.remedy])
         self._show_strip()
 
@@ -125,9 +134,8 @@ class ChatPage(QWidget):
         head = QHBoxLayout()
         head.setContentsMargins(20, 10, 12, 6)
         head.setSpacing(10)
-        head.addWidget(self._model_name)
+        head.addWidget(self._model_name, 1)
         head.addWidget(self._model_facts)
-        head.addStretch(1)
         head.addWidget(self._context)
         head.addWidget(self._context_bar)
         head.addWidget(self._parameters_button)
@@ -138,6 +146,7 @@ class ChatPage(QWidget):
         line.setProperty("bar", True)
         self._stack.addWidget(self.card)
         self._stack.addWidget(self.view)
+        keep_width(self._banner_button)
         banner = QHBoxLayout(self._banner)
         banner.setContentsMargins(12, 8, 8, 8)
         banner.addWidget(self._banner_text, 1)
@@ -234,12 +243,14 @@ class ChatPage(QWidget):
 
     def _arrange(self) -> None:
         """Beside the conversation there is room for as much as fits."""
-        width = self.width()
+        room = self.width() - (self.parameters.width() if self._wants_parameters else 0)
+        has_now = room - PANEL_WIDTH >= MIN_TEXT_PX
+        room -= PANEL_WIDTH if has_now else 0
         self.parameters.setVisible(self._wants_parameters)
-        room = width - (self.parameters.width() if self._wants_parameters else 0)
-        self.now_panel.setVisible(room >= NARROW_PX)
-        self._context_bar.setVisible(room >= NARROW_PX)
-        self._model_facts.setVisible(room >= NARROW_PX)
+        self.now_panel.setVisible(has_now)
+        self._context.setVisible(room >= MIN_TEXT_PX)
+        self._context_bar.setVisible(room >= WIDE_HEAD_PX)
+        self._model_facts.setVisible(room >= WIDE_HEAD_PX)
 
     def resizeEvent(self, event: QResizeEvent) -> None:  # noqa: N802
         """Panels collapse where the window is narrow."""

@@ -90,7 +90,9 @@ class Composer(QFrame):
         """
         self._can_send = can_send
         self._is_answering = is_answering
-        self.edit.setPlaceholderText(hint)
+        if hint != self.edit.placeholderText():
+            self.edit.setPlaceholderText(hint)
+            self.edit.viewport().update()
         self._show_state()
 
     def _show_state(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from PySide6.QtCore import QObject, Signal
 
 from app.figures import UNKNOWN, figure, figure_percent, figure_seconds, plural
+from app.plan_facts import row_weights, weight_share
 from app.session import Session
 from engine.cluster.messages import Message as EngineMessage
 from engine.host.messages import (
@@ -53,7 +54,7 @@ class ChatSettings:
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """A device's part in an answer, by its share of the plan's rows."""
+    """A device's part in an answer, by its share of the weights."""
 
     device: str
     label: str
@@ -275,14 +276,17 @@ class Conversation(QObject):
         self.state_changed.emit()
 
     def _shares(self, finished: Finished) -> list[DeviceShare]:
-        plan = finished.plan
-        shares: list[DeviceShare] = []
-        for column in plan.used_devices():
-            rows = range(plan.shape.num_rows)
-            fraction = sum(plan.share(row, column) for row in rows) / plan.shape.num_rows
-            device = plan.devices[column]
-            shares.append(DeviceShare(device, self._session.device_label(device), fraction))
-        return shares
+        plan, model = finished.plan, self._session.model
+        if model is None:
+            return []
+        weights = row_weights(model.config)
+        return [
+            DeviceShare(
+                device, self._session.device_label(device), weight_share(plan, column, weights)
+            )
+            for column, device in enumerate(plan.devices)
+            if column in plan.used_devices()
+        ]
 
     @staticmethod
     def _reading_text(message: ChatMessage) -> str:
@@ -298,7 +302,8 @@ class Conversation(QObject):
     def _finished_text(message: ChatMessage) -> str:
         finished = message.finished
         if finished is None:
-            return f"{plural(message.num_tokens, 'token')} before it failed" if message.text else ""
+            is_cut = message.state == "failed" and message.num_tokens
+            return f"{plural(message.num_tokens, 'token')} before it failed" if is_cut else ""
         reasons = {
             "stop": "ended by itself",
             "length": "token limit",

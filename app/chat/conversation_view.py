@@ -152,15 +152,11 @@ class ConversationView(QTextBrowser):
     def _write_question(self, message: ChatMessage) -> None:
         writer = self._writer
         role = "text_muted" if message.is_left_out else "text"
-        first = True
-        for line in message.text.split("\n"):
-            writer.start_block(top=18 if first else 0, left=0, background="raised")
-            if first:
-                writer.insert(" You  ", writer.text_format("text_muted", step=-1))
-            else:
-                writer.insert(" ", writer.text_format())
-            writer.insert(line, writer.text_format(role, bold=first))
-            first = False
+        writer.start_box(top=18 if self._shown else 0, bottom=12)
+        left_out = " · no longer in the context" if message.is_left_out else ""
+        writer.insert(f"You{left_out}\n", writer.text_format("text_muted", step=-1))
+        writer.insert(message.text, writer.text_format(role))
+        writer.end_box()
 
     def _write_closed(self) -> None:
         """Write the blocks that cannot change any more in the place of the tail."""

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-MAX_TAIL_CHARS = 20_000
+MAX_TAIL_CHARS = 8_000
+# An open block is looked at again when it has grown by this part, so that lines cost little.
+REGROWTH = 8
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$")
 
 
@@ -102,6 +104,9 @@ class BlockSplitter:
         if len(self.tail) > MAX_TAIL_CHARS:
             # Laying out one huge paragraph for every piece would cost more than a wrong border.
             return whole
+        if (whole - self._scanned) * REGROWTH < whole:
+            return 0
+        self._scanned = whole
         return self._second_block_start(whole)
 
     def _fence_end(self, marks: str, body: int, whole: int) -> int:

@@ -18,8 +18,8 @@ from PySide6.QtGui import (
     QTextCharFormat,
     QTextCursor,
     QTextFormat,
+    QTextFrame,
     QTextFrameFormat,
-    QTextLength,
     QTextList,
     QTextListFormat,
     QTextTableFormat,
@@ -55,6 +55,7 @@ class MarkdownWriter:
         self._cursor = cursor
         self._theme = theme
         self._is_fresh = True
+        self._box: QTextFrame | None = None
         self._lists: list[QTextList | None] = []
         self._list_formats: list[QTextListFormat] = []
         self._item_is_new = False
@@ -73,6 +74,7 @@ class MarkdownWriter:
         self._cursor.movePosition(QTextCursor.MoveOperation.End, QTextCursor.MoveMode.KeepAnchor)
         self._cursor.removeSelectedText()
         self._is_fresh = place.is_fresh
+        self._box = None
 
     # ---- plain pieces ------------------------------------------------------------------------
 
@@ -82,18 +84,13 @@ class MarkdownWriter:
         top: float = 0,
         bottom: float = 0,
         left: float = 0,
-        right: float = 0,
-        background: str | None = None,
     ) -> QTextBlockFormat:
-        """Begin a paragraph at the end; margins in pixels, background a role."""
+        """Begin a paragraph at the end; margins in pixels."""
         block = QTextBlockFormat()
         block.setTopMargin(top)
         block.setBottomMargin(bottom)
         block.setLeftMargin(left + INDENT_PX * self._quote_depth)
-        block.setRightMargin(right)
         block.setLineHeight(118, QTextBlockFormat.LineHeightTypes.ProportionalHeight.value)
-        if background is not None:
-            block.setBackground(self._theme.colour(background))
         self._cursor.movePosition(QTextCursor.MoveOperation.End)
         if self._is_fresh:
             self._cursor.setBlockFormat(block)
@@ -122,8 +119,11 @@ class MarkdownWriter:
         return chars
 
     def insert(self, text: str, chars: QTextCharFormat) -> None:
-        """Add characters to the paragraph at the end."""
-        self._cursor.movePosition(QTextCursor.MoveOperation.End)
+        """Add characters to the paragraph at the end; a new line in a box is a new block."""
+        if self._box is None:
+            self._cursor.movePosition(QTextCursor.MoveOperation.End)
+        else:
+            self._cursor.setPosition(self._box.lastPosition())
         self._cursor.insertText(text, chars)
 
     def insert_link(self, text: str, address: str, *, step: int = 0) -> None:
@@ -139,33 +139,50 @@ class MarkdownWriter:
         chars.setForeground(brush)
         self.insert("■ ", chars)
 
+    # ---- boxes -------------------------------------------------------------------------------
+
+    def start_box(self, *, top: float = 6, bottom: float = 6) -> None:
+        """Begin a box with its own background; pieces go into it until `end_box`."""
+        self._cursor.movePosition(QTextCursor.MoveOperation.End)
+        if self._is_fresh:
+            # Qt wants a block before a box; this one takes no room.
+            flat = QTextBlockFormat()
+            flat.setLineHeight(1, QTextBlockFormat.LineHeightTypes.FixedHeight.value)
+            self._cursor.setBlockFormat(flat)
+        box = QTextFrameFormat()
+        box.setBackground(self._theme.colour("raised"))
+        box.setPadding(8)
+        box.setTopMargin(top)
+        box.setBottomMargin(bottom)
+        box.setLeftMargin(INDENT_PX * (len(self._lists) + self._quote_depth))
+        self._box = self._cursor.insertFrame(box)
+        self._cursor.setBlockFormat(QTextBlockFormat())
+
+    def end_box(self) -> None:
+        """Go on below the box, in the empty block that Qt keeps there."""
+        self._box = None
+        self._is_fresh = True
+
     # ---- code --------------------------------------------------------------------------------
 
     def start_code(self, language: str, copy_address: str | None) -> None:
-        """Begin a code block with its title line."""
-        self.start_block(top=8, left=0, background="raised")
-        self.insert(f" {language or 'code'}   ", self.text_format("text_muted", step=-1))
+        """Begin a box of code with its title line."""
+        self.start_box()
+        self.insert(f"{language or 'code'}   ", self.text_format("text_muted", step=-1))
         if copy_address is not None:
             self.insert_link("Copy code", copy_address, step=-1)
-        self.start_block(background="raised")
-        self.insert(" ", self.code_format())
+        self.insert("\n", self.code_format())
 
     def append_code(self, text: str) -> None:
-        """Add plain code at the end of an open code block."""
-        # A new line keeps the block format of the line that it ends.
-        self.insert(text.replace("\n", "\n "), self.code_format())
+        """Add plain code at the end of an open box."""
+        self.insert(text, self.code_format())
 
     def write_code(self, language: str, text: str, copy_address: str | None) -> None:
-        """Write a finished code block, coloured once."""
+        """Write a finished box of code, coloured once."""
         self.start_code(language, copy_address)
         for run, role in coloured_runs(language, text.rstrip("\n")):
-            self.insert(run.replace("\n", "\n "), self.code_format(role))
-        self._set_bottom_margin(8)
-
-    def _set_bottom_margin(self, pixels: float) -> None:
-        block = self._cursor.blockFormat()
-        block.setBottomMargin(pixels)
-        self._cursor.setBlockFormat(block)
+            self.insert(run, self.code_format(role))
+        self.end_box()
 
     # ---- Markdown ----------------------------------------------------------------------------
 
@@ -248,11 +265,9 @@ class MarkdownWriter:
         self._list_formats.append(listing)
 
     def _write_rule(self) -> None:
-        block = self.start_block(top=4, bottom=8)
-        block.setProperty(
-            QTextFormat.Property.BlockTrailingHorizontalRulerWidth,
-            QTextLength(QTextLength.Type.PercentageLength, 100),
-        )
+        block = self.start_block(top=8, bottom=10)
+        block.setBackground(self._theme.colour("line"))
+        block.setLineHeight(1, QTextBlockFormat.LineHeightTypes.FixedHeight.value)
         self._cursor.setBlockFormat(block)
 
     def _write_table(self, tokens: Sequence[Token], start: int) -> int:

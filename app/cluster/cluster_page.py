@@ -13,7 +13,7 @@ from app.session import Session
 from app.widgets.making import make_button, make_card, make_label, mark_page
 
 NARROW_PX = 900
-_WIDE_WIDTHS = (230, 250, 80, 170, 100, 100, 80)
+_WIDE_WIDTHS = (290, 250, 70, 160, 96, 96, 76)
 _NETWORK_COLUMNS = (4, 5)
 
 

@@ -8,7 +8,7 @@ from PySide6.QtCore import QAbstractItemModel, QModelIndex, QObject, QPersistent
 
 from app.cluster.node_rows import COLUMNS, TIPS, Row, node_rows
 from app.look import Look
-from app.monitor.now_panel import part_text
+from app.plan_facts import part_text
 from app.session import Session
 from app.widgets.swatch import swatch_pixmap
 

@@ -120,7 +120,7 @@ class DevicePlot(TimePlot):
         for bar in self._bars:
             self.item.addItem(bar)
         self.item.getAxis("left").setTicks([[(0, "0"), (0.5, "50 %"), (1, "100 %")]])
-        self.item.setYRange(0, 1, padding=0)
+        self.item.setYRange(0, 1, padding=0.09)
         self.colour()
 
     def colour(self) -> None:
@@ -141,7 +141,7 @@ class DevicePlot(TimePlot):
         base = np.zeros(int(busy.sum()))
         for kind, bar in enumerate(self._bars):
             top = base + fractions[busy, kind]
-            bar.setOpts(x0=left[busy], x1=left[busy] + 0.9 * width, y0=base, y1=top)
+            bar.setOpts(x0=left[busy], x1=left[busy] + width, y0=base, y1=top)
             base = top
 
 
@@ -189,20 +189,21 @@ class Sparkline(QWidget):
         self.setToolTip("Tokens per second in the last 30 seconds, as the engine counted them")
         self._history = history
         self._look = look
-        self._line = QPolygonF()
+        self._lines: list[QPolygonF] = []
         self.setFixedSize(QSize(96, 18))
 
     def refresh(self, now: float, window: float = 30.0) -> None:
         """Draw the last `window` seconds."""
         x, y = self._history.rate_series(now, window)
-        finite = np.isfinite(y)
-        x, y = x[finite], y[finite]
-        self._line = QPolygonF()
-        if len(x):
-            top = max(float(y.max()), 1.0)
-            for when, rate in zip(x, y, strict=True):
+        self._lines = [QPolygonF()]
+        finite = y[np.isfinite(y)]
+        top = max(float(finite.max()), 1.0) if len(finite) else 1.0
+        for when, rate in zip(x, y, strict=True):
+            if not np.isfinite(rate):
+                self._lines.append(QPolygonF())
+            else:
                 y_px = (1 - rate / top) * (self.height() - 4) + 1
-                self._line.append(QPointF((1 + when / window) * self.width(), y_px))
+                self._lines[-1].append(QPointF((1 + when / window) * self.width(), y_px))
         self.update()
 
     def paintEvent(self, event: QPaintEvent) -> None:  # noqa: N802
@@ -213,9 +214,9 @@ class Sparkline(QWidget):
         theme = self._look.theme
         painter.setPen(theme.colour("line"))
         painter.drawLine(0, self.height() - 1, self.width(), self.height() - 1)
-        if self._line:
-            painter.setPen(QPen(theme.colour("accent"), 1.5))
-            painter.drawPolyline(self._line)
+        painter.setPen(QPen(theme.colour("accent"), 1.5))
+        for line in self._lines:
+            painter.drawPolyline(line)
 
 
 def time_brushes(fill: QColor) -> tuple[QBrush, QBrush, QBrush]:

@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 MAX_SAMPLES = 6000  # ten minutes at eight a second, and some
 GAP_SECONDS = 1.0
+SMOOTH_SECONDS = 1.0
 KINDS = ("compute", "wait", "network")
 
 
@@ -99,9 +100,11 @@ class History:
         if not len(rows):
             return np.zeros(0), np.zeros(0)
         x = rows[:, 0] - now
-        y = rows[:, 3] / rows[:, 1]
         starts = rows[1:, 0] - rows[1:, 1]
         gaps = np.flatnonzero(starts - rows[:-1, 0] > GAP_SECONDS) + 1
+        tokens, seconds = _running_sums(rows, gaps)
+        # While a prompt is read, or nothing runs, there is no speed of generation.
+        y = np.where(rows[:, 3] > 0, tokens / seconds, np.nan)
         return np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan)
 
     def rate_now(self, now: float, window: float = 1.0) -> float | None:
@@ -173,6 +176,23 @@ def bottleneck_text(totals: list[DeviceTotals], names: dict[str, str]) -> str:
     if waiting < 0.1:
         return "well balanced: nobody waits long"
     return f"the others wait {100 * waiting:.0f} % of the time, mostly for {name}"
+
+
+def _running_sums(rows: Floats, gaps: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """Generated tokens and seconds of the last moment at each sample, not across gaps.
+
+    A sample of 125 ms holds few tokens, so that single ones would jump between whole numbers.
+    """
+    works = rows[:, 3] > 0
+    tokens = np.concatenate([[0.0], np.cumsum(rows[:, 3])])
+    seconds = np.concatenate([[0.0], np.cumsum(np.where(works, rows[:, 1], 0.0))])
+    places = np.arange(len(rows))
+    firsts = np.searchsorted(rows[:, 0], rows[:, 0] - SMOOTH_SECONDS, side="right")
+    starts = np.zeros(len(rows), dtype=np.intp)
+    starts[gaps] = gaps
+    firsts = np.maximum(firsts, np.maximum.accumulate(starts))
+    spent = seconds[places + 1] - seconds[firsts]
+    return tokens[places + 1] - tokens[firsts], np.maximum(spent, 1e-6)
 
 
 def _recent(rows: Floats, since: float) -> Floats:

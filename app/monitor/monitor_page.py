@@ -76,6 +76,7 @@ class MonitorPage(QWidget):
         """Args: history: what the charts draw; `tick` draws it."""
         super().__init__(parent)
         mark_page(self, "monitorPage")
+        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
         self._session = session
         self._conversation = conversation
         self._history = history

@@ -5,14 +5,14 @@ from __future__ import annotations
 from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QFrame, QHBoxLayout, QVBoxLayout, QWidget
 
-from app.figures import UNKNOWN, figure, figure_percent, layers_text
+from app.figures import UNKNOWN, figure, figure_percent
 from app.look import Look
 from app.monitor.charts import ShareBar, SpeedPlot
 from app.monitor.history import History
+from app.plan_facts import part_text
 from app.session import Session
 from app.widgets.making import make_label
 from app.widgets.swatch import Swatch
-from engine.plan.plan import Plan
 
 WINDOW_SECONDS = 60.0
 PANEL_WIDTH = 264
@@ -153,40 +153,3 @@ class NowPanel(QFrame):
 
     def _on_theme_changed(self) -> None:
         self._on_plan_changed()
-
-
-def part_text(plan: Plan, column: int) -> str:
-    """What a device does in a plan, in words, such as "70 % of layers 0-9, output head"."""
-    shape = plan.shape
-    groups: dict[int, list[int]] = {}
-    for layer in range(shape.num_layers):
-        attention = plan.share(shape.attention_row(layer), column)
-        mlp = plan.share(shape.mlp_row(layer), column)
-        percent = round(50 * (attention + mlp))
-        if attention or mlp:
-            groups.setdefault(max(percent, 1), []).append(layer)
-    parts: list[str] = []
-    for percent, layers in groups.items():
-        if len(layers) == shape.num_layers:
-            where = "all layers" if percent == 100 else "every layer"
-        else:
-            where = layers_text(layers)
-        parts.append(where if percent == 100 else f"{percent} % of {where}")
-    head = round(100 * plan.share(shape.head_row, column))
-    if head:
-        parts.append("output head" if head == 100 else f"{head} % of the output head")
-    return ", ".join(parts) or "no part"
-
-
-def plan_in_words(session: Session, label_limit: int = 3) -> str:
-    """The plan in force for the status strip."""
-    plan = session.plan
-    if plan is None:
-        return "no split loaded"
-    used = plan.used_devices()
-    names = [session.device_label(plan.devices[column]) for column in used]
-    if len(used) == 1:
-        return f"{names[0]} computes all {plan.shape.num_layers} layers"
-    if len(names) > label_limit:
-        return f"{len(names)} devices compute {plan.shape.num_layers} layers"
-    return f"{', '.join(names[:-1])} and {names[-1]} compute {plan.shape.num_layers} layers"

@@ -9,7 +9,7 @@ from app.progress import bar_range
 from app.session import Session
 from app.split.presenter import SplitPresenter
 from app.stages import Stage
-from app.widgets.making import make_button, make_label
+from app.widgets.making import keep_width, make_button, make_label
 from engine.host.messages import Progress
 
 MAX_LISTED = 3
@@ -63,20 +63,24 @@ class ApplyBar(QFrame):
             "Apply", "applyButton", "Put the draft in force (Ctrl+Return)", kind="primary"
         )
         self._devices: list[DeviceProgress] = []
-        self._progress = QHBoxLayout()
+        # A widget around, because an empty layout would bound the width of the texts.
+        self._progress_box = QWidget()
+        self._progress = QHBoxLayout(self._progress_box)
+        self._progress.setContentsMargins(0, 0, 0, 0)
         self._progress.setSpacing(16)
         texts = QVBoxLayout()
         texts.setSpacing(3)
         texts.addWidget(self._title)
         texts.addWidget(self._list)
         texts.addWidget(self._trouble)
-        texts.addLayout(self._progress)
+        texts.addWidget(self._progress_box)
         layout = QHBoxLayout(self)
         layout.setContentsMargins(12, 8, 10, 8)
         layout.setSpacing(8)
         layout.addLayout(texts, 1)
         layout.addWidget(self.revert_button)
         layout.addWidget(self.apply_button)
+        keep_width(self.revert_button, self.apply_button)
         self._trouble.hide()
         self.revert_button.clicked.connect(presenter.revert)
         self.apply_button.clicked.connect(self._on_apply_clicked)
@@ -123,6 +127,7 @@ class ApplyBar(QFrame):
             line = DeviceProgress()
             self._devices.append(line)
             self._progress.addWidget(line)
+        self._progress_box.setVisible(bool(progress))
         for line, (subject, state) in zip(self._devices, progress, strict=True):
             line.show_progress(self._session.device_label(subject), state)
 

@@ -57,7 +57,7 @@ class PlanCanvas(QWidget):
         self._divider: tuple[str, str] | None = None
         self._drag: str = ""
         presenter.draft_changed.connect(self._on_draft_changed)
-        presenter.selection_changed.connect(self.update)
+        presenter.selection_changed.connect(self._on_selection_changed)
         look.theme_changed.connect(self._on_draft_changed)
         self._on_draft_changed()
 
@@ -202,6 +202,12 @@ class PlanCanvas(QWidget):
 
     def _on_draft_changed(self) -> None:
         self.setFixedHeight(round(self.plan_layout().height))
+        self.update()
+
+    def _on_selection_changed(self) -> None:
+        layers = self._presenter.selection.layers
+        if layers and self._current not in layers and self._drag != "selection":
+            self._current = self._anchor = min(layers)
         self.update()
 
     def _select_hit(self, hit: Hit, modifiers: Qt.KeyboardModifier) -> None:

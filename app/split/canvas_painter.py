@@ -204,9 +204,9 @@ class CanvasPainter:
         edge = bar.left()
         for device, fraction in parts:
             edge += fraction * bar.width()
-            if device == left:
+            if device == left and bar.left() < edge < bar.right() - 0.5:
                 grip = QRectF(edge - 2, bar.top() - 1, 3, bar.height() + 2)
-                painter.fillRect(grip, self._look.theme.colour("text"))
+                painter.fillRect(grip, self._look.theme.colour("accent"))
                 return
 
 

@@ -13,9 +13,9 @@ from enum import Enum
 from itertools import groupby
 
 from app.figures import DASH, layers_text
-from engine.model.config import ModelConfig
+from app.plan_facts import weight_share
 from engine.plan.plan import Plan, PlanShape
-from engine.plan.presets import with_devices, with_rows
+from engine.plan.presets import set_share, with_devices, with_rows
 
 UNIT_WORDS = {"attention": "heads", "mlp": "MLP blocks", "head": "vocabulary blocks"}
 SPREAD_TOLERANCE = 0.1
@@ -104,14 +104,6 @@ class Change:
         return f"{self.where}: {self.after}"
 
 
-def row_weights(config: ModelConfig) -> list[int]:
-    """Number of weights in every plan row."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    attention = config.width * heads * config.head_width
-    mlp = 3 * config.width * config.mlp_width
-    return [attention, mlp] * config.num_layers + [config.width * config.vocab_size]
-
-
 def share_fact(plan: Plan, rows: Sequence[int], column: int, weights: Sequence[int]) -> ShareFact:
     """A device's share of some rows.
 
@@ -121,8 +113,7 @@ def share_fact(plan: Plan, rows: Sequence[int], column: int, weights: Sequence[i
     shares = [plan.share(row, column) for row in rows]
     if not shares:
         return ShareFact(0.0, 0.0, 0.0, "")
-    total = sum(weights[row] for row in rows)
-    fraction = sum(share * weights[row] for share, row in zip(shares, rows, strict=True)) / total
+    fraction = weight_share(plan, column, weights, rows)
     return ShareFact(fraction, min(shares), max(shares), _quanta_text(plan, rows, column))
 
 
@@ -156,6 +147,32 @@ def move_divider(plan: Plan, rows: Iterable[int], left: int, right: int, border:
         cells[right] = both - cells[left]
         changed[row] = tuple(cells)
     return with_rows(plan, changed)
+
+
+def set_share_keeping(
+    plan: Plan,
+    rows: Sequence[int],
+    column: int,
+    fraction: float,
+    locked: Sequence[int],
+    touched: Sequence[int],
+) -> Plan:
+    """Move one fader; what was set by hand before stays, as long as the others can make up for it.
+
+    Args:
+        locked: columns that never change.
+        touched: columns that were set before, oldest first; the oldest gives way first.
+    """
+    wanted = set_share(plan, rows, column, fraction, locked, snap_to_kv_heads=True)
+    for start in range(len(touched)):
+        keep = sorted({*locked, *touched[start:]})
+        kept = set_share(plan, rows, column, fraction, keep, snap_to_kv_heads=True)
+        if all(
+            abs(kept.cells[row][column] - wanted.cells[row][column]) <= _rounding(plan, row)
+            for row in rows
+        ):
+            return kept
+    return wanted
 
 
 def same_columns(plan: Plan, devices: Sequence[str]) -> Plan:
@@ -223,6 +240,11 @@ def is_uniform(plan: Plan, rows: Collection[int]) -> bool:
     for row in rows:
         kinds.setdefault(plan.shape.row_kind(row), set()).add(plan.cells[row])
     return all(len(cells) == 1 for cells in kinds.values())
+
+
+def _rounding(plan: Plan, row: int) -> int:
+    """By how many quanta two ways of snapping may differ."""
+    return plan.shape.heads_per_kv if plan.shape.row_kind(row) == "attention" else 1
 
 
 def _after_text(plan: Plan, rows: Sequence[int], label: Callable[[str], str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from PySide6.QtCore import QObject, Signal
 from PySide6.QtGui import QUndoStack
 
+from app.plan_facts import row_weights, weight_share
 from app.session import Session, without_idle_devices
 from app.split.draft import (
     Change,
@@ -19,8 +20,8 @@ from app.split.draft import (
     changes,
     move_divider,
     parse_layers,
-    row_weights,
     same_columns,
+    set_share_keeping,
     share_fact,
     tenths_of_percent,
 )
@@ -28,7 +29,7 @@ from app.split.undo import DraftCommand, DraftState
 from engine.errors import PlanError
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.plan_file import plan_from_toml, plan_to_toml
-from engine.plan.presets import even, move_quanta, pipeline, set_share, single, with_devices
+from engine.plan.presets import even, move_quanta, pipeline, single, with_devices
 
 
 class SplitPresenter(QObject):
@@ -59,6 +60,8 @@ class SplitPresenter(QObject):
         self._left_out: frozenset[str] = frozenset()
         self._seen_devices: set[str] = set()
         self._weights: list[int] = []
+        # Faders that were set by hand since the selection changed, oldest first.
+        self._touched: list[str] = []
         self._gesture = 0
         self._origin: Plan | None = None
         session.model_changed.connect(self._on_model_changed)
@@ -121,7 +124,7 @@ class SplitPresenter(QObject):
     def row_fractions(self, plan: Plan, rows: list[int]) -> list[tuple[str, float]]:
         """Every device's share of the weights of some rows."""
         return [
-            (device, share_fact(plan, rows, column, self._weights).fraction)
+            (device, weight_share(plan, column, self._weights, rows))
             for column, device in enumerate(plan.devices)
         ]
 
@@ -136,7 +139,7 @@ class SplitPresenter(QObject):
         selection = Selection(layers, has_head, self.selection.part)
         if selection != self.selection:
             self.selection = selection
-            self.asked = None
+            self._forget_hand()
             self.selection_changed.emit()
 
     def select_everything(self) -> None:
@@ -160,7 +163,7 @@ class SplitPresenter(QObject):
         if part is not self.selection.part:
             selected = self.selection
             self.selection = Selection(selected.layers, selected.has_head, part)
-            self.asked = None
+            self._forget_hand()
             self.selection_changed.emit()
 
     # ---- edits -------------------------------------------------------------------------------
@@ -180,8 +183,15 @@ class SplitPresenter(QObject):
         if plan is None or device in self.locked or device not in plan.devices:
             return
         locked = [plan.devices.index(name) for name in self.locked if name in plan.devices]
+        self._touched = [name for name in self._touched if name != device]
+        touched = [
+            plan.devices.index(name)
+            for name in self._touched
+            if name in plan.devices and name not in self.locked
+        ]
         column = plan.devices.index(device)
-        new = set_share(plan, self.rows, column, fraction, locked, snap_to_kv_heads=True)
+        new = set_share_keeping(plan, self.rows, column, fraction, locked, touched)
+        self._touched.append(device)
         label = self._session.device_label(device)
         self._change(new, f"set {label} to {100 * fraction:.0f} %", (device, fraction))
 
@@ -274,8 +284,14 @@ class SplitPresenter(QObject):
 
     # ---- inside ------------------------------------------------------------------------------
 
+    def _forget_hand(self) -> None:
+        self.asked = None
+        self._touched = []
+
     def _change(self, plan: Plan, text: str, asked: tuple[str, float] | None = None) -> None:
         assert self.draft is not None, "there is a draft to change"
+        if asked is None:
+            self._touched = []
         names = {*self.draft.devices, *(plan.devices[column] for column in plan.used_devices())}
         columns = sorted(names, key=self._session.device_index)
         plan = same_columns(without_idle_devices(plan), columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import Qt
+from PySide6.QtCore import QSize, Qt
 from PySide6.QtWidgets import (
     QCheckBox,
     QFrame,
@@ -23,7 +23,7 @@ from app.split.faders import FaderPanel
 from app.split.presenter import SplitPresenter
 from app.split.text_panel import TextPanel
 from app.widgets.making import make_button, make_label, mark_page, set_property
-from app.widgets.swatch import swatch_pixmap
+from app.widgets.swatch import SIDE_PX, swatch_pixmap
 
 FADERS_WIDTH = 320
 
@@ -194,6 +194,7 @@ class SplitPage(QWidget):
             box = self._chip_boxes.get(device)
             if box is None:
                 box = QCheckBox()
+                box.setIconSize(QSize(SIDE_PX, SIDE_PX))
                 box.setObjectName(f"takesPart {device}")
                 box.setToolTip("Whether this device takes part in the draft")
                 box.clicked.connect(self._on_chip_clicked)

@@ -34,7 +34,13 @@ class PeerRefused(EngineError):  # noqa: N818 - the domain's word
 
 
 class WorkerLost(EngineError):  # noqa: N818
-    """A worker or runner died, hung, or cannot be reached."""
+    """A worker or runner died, hung, or cannot be reached.
+
+    Attributes:
+        device: whose runner it was, where that is known.
+    """
+
+    device: str | None = None
 
 
 class CacheFull(EngineError):  # noqa: N818

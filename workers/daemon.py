@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 TELEMETRY_SECONDS = 1.0
 RUNNER_START_SECONDS = 60.0
+# A frozen runner does not hear that it should end; it is killed after this, well before this
+# process must be gone itself.
+RUNNER_END_SECONDS = 1.0
 # A remote host says Hello every second; without it, its runners must not keep memory for ever.
 LEASE_SECONDS = 10.0
 # Two ports a runner, from the port after the worker's own.
@@ -85,7 +88,7 @@ class Worker:
         self._meter = Meter()
         self._events: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
         self._should_end = threading.Event()
-        self._starters: list[threading.Thread] = []
+        self._helpers: list[threading.Thread] = []
 
     def end_soon(self) -> None:
         """Ask the loop to end; any thread."""
@@ -113,9 +116,9 @@ class Worker:
 
     def close(self) -> None:
         """End all runners and release sockets."""
-        for thread in self._starters:
-            thread.join(RUNNER_START_SECONDS)
         self._end_runners()
+        for thread in self._helpers:
+            thread.join(RUNNER_END_SECONDS)
         self._control.close()
         self._gatekeeper.close()
         self._context.term()
@@ -149,7 +152,11 @@ class Worker:
             child = self._runners.pop(message.device, None)
             if child is not None:
                 self._meter.forget(child.pid)
-                child.end()
+                ender = threading.Thread(
+                    target=child.end, args=(RUNNER_END_SECONDS,), name=f"end {message.device}"
+                )
+                self._helpers = [t for t in self._helpers if t.is_alive()] + [ender]
+                ender.start()
 
     def _description(self) -> m.NodeDescription:
         return m.NodeDescription(
@@ -196,7 +203,7 @@ class Worker:
             name=f"start {message.device}",
             daemon=True,
         )
-        self._starters = [t for t in self._starters if t.is_alive()] + [thread]
+        self._helpers = [t for t in self._helpers if t.is_alive()] + [thread]
         thread.start()
 
     def _await_runner(self, device: str, child: Child) -> None:
@@ -246,7 +253,10 @@ class Worker:
 
     def _end_runners(self) -> None:
         runners, self._runners = self._runners, {}
-        enders = [threading.Thread(target=child.end, daemon=True) for child in runners.values()]
+        enders = [
+            threading.Thread(target=child.end, args=(RUNNER_END_SECONDS,), daemon=True)
+            for child in runners.values()
+        ]
         for ender in enders:
             ender.start()
         for ender in enders:

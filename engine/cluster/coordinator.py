@@ -52,6 +52,10 @@ class RunnerAddress(msgspec.Struct, frozen=True):
     host_keys: KeyPair
 
 
+class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """A step was given up because nobody wants its answer."""
+
+
 class LoadRequest(NamedTuple):
     """What a plan needs to be put in force."""
 
@@ -148,6 +152,10 @@ class Coordinator:
     def report_lost(self, device: str, cause: str) -> None:
         """A worker says that a runner ended. Any one thread besides the owner."""
         self._lost.append((device, cause))
+        self.wake()
+
+    def wake(self) -> None:
+        """Make a waiting `step` ask whether to go on. The same thread as `report_lost`."""
         self._wake_sender.send(b"")
 
     def load(
@@ -212,13 +220,18 @@ class Coordinator:
             raise
         return loaded
 
-    def step(self, step: m.Step, embeddings: m.Array | None) -> list[DeviceAnswer]:
+    def step(
+        self, step: m.Step, embeddings: m.Array | None, should_abort: Callable[[], bool]
+    ) -> list[DeviceAnswer]:
         """Send a step to all devices of the plan and wait for all answers.
 
         Args:
             embeddings: float32 [T, width]; goes to the devices of the first row.
+            should_abort: asked now and then while waiting.
         Returns: one answer per device, in device order.
-        Raises: WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
+        Raises:
+            WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
+            StepAborted: `should_abort` said so; the next step may follow at once.
         """
         assert self._request is not None
         plan = self._request.plan
@@ -227,7 +240,7 @@ class Coordinator:
         for index in used:
             tensors = [embeddings] if embeddings is not None and index in first_group else []
             self._links[plan.devices[index]].channel.send(step, tensors)
-        return self._gather([plan.devices[i] for i in used], step.step_id)
+        return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
         """The full logits of the last step, one answer per device of the output head."""
@@ -238,7 +251,7 @@ class Coordinator:
             self._links[device].channel.send(
                 m.FetchLogits(epoch=self._request.epoch, step_id=step_id)
             )
-        return self._gather(devices, step_id)
+        return self._gather(devices, step_id, lambda: False)
 
     def check(self) -> None:
         """While idle: raise if a runner of the plan was lost."""
@@ -325,18 +338,25 @@ class Coordinator:
         if self._request is not None and device in self._request.plan.devices:
             plan = self._request.plan
             rows = describe_rows(plan, plan.devices.index(device))
-        return WorkerLost(
+        error = WorkerLost(
             f"{device}, which computes {rows}, was lost: {cause}. Apply the plan again, or choose "
             "one without it"
         )
+        error.device = device
+        return error
 
-    def _gather(self, devices: list[str], step_id: int) -> list[DeviceAnswer]:
+    def _gather(
+        self, devices: list[str], step_id: int, should_abort: Callable[[], bool]
+    ) -> list[DeviceAnswer]:
         assert self._request is not None
         plan, epoch = self._request.plan, self._request.epoch
         answers: dict[str, DeviceAnswer] = {}
         deadline = time.monotonic() + STEP_SECONDS
         try:
             while len(answers) < len(devices):
+                if should_abort():
+                    self._abort_step(devices, step_id)
+                    raise StepAborted
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     silent = next(d for d in devices if d not in answers)
@@ -357,6 +377,12 @@ class Coordinator:
             self.abort()
             raise
         return [answers[device] for device in devices]
+
+    def _abort_step(self, devices: list[str], step_id: int) -> None:
+        assert self._request is not None
+        for device in devices:
+            message = m.AbortStep(epoch=self._request.epoch, step_id=step_id)
+            self._links[device].channel.send(message)
 
     def _take_load_message(
         self,

@@ -280,6 +280,13 @@ class Abort(Message, frozen=True):
     epoch: int
 
 
+class AbortStep(Message, frozen=True):
+    """Give up one step, whose answer nobody wants any more; there will be none."""
+
+    epoch: int
+    step_id: int
+
+
 class Failed(Message, frozen=True):
     """A request could not be served; `error` is a class name of engine.errors."""
 
@@ -308,7 +315,7 @@ class HandOver(Message, frozen=True):
 
 WORKER_ACCEPTS = Hello | StartRunner | StopRunner | Shutdown
 WORKER_SENDS = NodeDescription | RunnerStarted | RunnerExited | Telemetry | Failed
-RUNNER_ACCEPTS = Load | WeightSlice | Step | FetchLogits | Abort | Failed | Shutdown
+RUNNER_ACCEPTS = Load | WeightSlice | Step | FetchLogits | Abort | AbortStep | Failed | Shutdown
 RUNNER_SENDS = WeightRequest | LoadProgress | Loaded | StepAnswer | Failed
 
 M = TypeVar("M")

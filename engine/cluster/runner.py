@@ -81,6 +81,7 @@ class Runner:
         self._packed_for: tuple[str, str] = ("", "")
         self._epoch = 0
         self._aborted_epoch = 0
+        self._step_id = 0
         self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
         self._last_logits: torch.Tensor | None = None
 
@@ -146,6 +147,8 @@ class Runner:
             self._fetch_logits(message)
         elif isinstance(message, m.Abort):
             self._aborted_epoch = max(self._aborted_epoch, message.epoch)
+        elif isinstance(message, m.AbortStep):
+            pass  # Its answer is on the way already.
         elif isinstance(message, m.WeightSlice):
             pass  # Asked for by a load that failed since.
         else:
@@ -156,14 +159,20 @@ class Runner:
         ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
         if self._should_end.is_set():
             raise _AbortedError
-        if self._control.socket not in ready:
-            return
+        if self._control.socket in ready:
+            self._hear_host()
+
+    def _hear_host(self) -> None:
+        """In the middle of a step: take one message of the engine host, if there is one."""
         received = self._control.receive(0)
         if received is None:
             return
         if isinstance(received.message, m.Abort):
             self._aborted_epoch = max(self._aborted_epoch, received.message.epoch)
             if received.message.epoch >= self._epoch:
+                raise _AbortedError
+        elif isinstance(received.message, m.AbortStep):
+            if (received.message.epoch, received.message.step_id) == (self._epoch, self._step_id):
                 raise _AbortedError
         elif isinstance(received.message, m.Shutdown):
             self._should_end.set()
@@ -266,6 +275,7 @@ class Runner:
                 return
             raise ProtocolError(f"step {step.step_id} is past, the last was {self._last_answer[0]}")
         exchange = self._connected(loaded)
+        self._step_id = step.step_id
         exchange.begin_step(step.step_id)
         for operation in step.operations:
             if operation.action == "free":
@@ -309,6 +319,8 @@ class Runner:
         last_row = plan.shape.head_row - 1
         rows = num_tokens
         for row in range(plan.shape.head_row):
+            if step.kind == "prompt":  # A piece of a prompt takes long enough to be given up.
+                self._hear_host()
             table = exchange.row(row)
             partial: torch.Tensor | None = None
             if table.contributes:

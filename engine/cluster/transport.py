@@ -21,10 +21,10 @@ from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
 
 MAX_MESSAGE_BYTES = 256 << 20
-HEARTBEAT_MS = 1000
+HEARTBEAT_MS = 500
 # A frozen process answers no heartbeat: its libzmq threads stop with it. A slow one answers,
 # because those threads do not compute.
-HEARTBEAT_TIMEOUT_MS = 3500
+HEARTBEAT_TIMEOUT_MS = 2500
 HANDSHAKE_MS = 5000
 
 M = TypeVar("M")

@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.cluster import messages as m
-from engine.cluster.coordinator import Coordinator, DeviceAnswer, LoadRequest, RunnerAddress
+from engine.cluster.coordinator import (
+    Coordinator,
+    DeviceAnswer,
+    LoadRequest,
+    RunnerAddress,
+    StepAborted,
+)
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.sampling import all_candidates, choose, uniform
 from engine.decode.sequence import DeviceTotals, Sequence
@@ -28,9 +34,12 @@ from engine.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-PIECE_SECONDS = 0.15
+# How long a step may take by measured speed: neighbours wait that long for their next token. A
+# prompt alone is read in larger pieces, which cost less each; a cancel is heard between two rows.
+SHARED_PIECE_SECONDS = 0.15
+LONE_PIECE_SECONDS = 0.5
 FIRST_PIECE = 32
-MIN_PIECE = 16
+MIN_PIECE = 8
 MAX_PIECE = 1024
 # Full logits travel in one message: 64 rows of a vocabulary of 128 k are 32 MB.
 MAX_LOGITS_PIECE = 64
@@ -155,8 +164,12 @@ class Scheduler:
         self._commands.put(_Submit(sequence))
 
     def cancel(self, request_id: int) -> None:
-        """End a request as soon as the step under way is done; unknown ids are ignored."""
+        """End a request, in the middle of a step if nobody else is in it; unknown ids are ignored.
+
+        Only the host's main thread.
+        """
         self._cancelled.add(request_id)
+        self._coordinator.wake()
         self._commands.put(None)
 
     def device_lost(self, device: str, cause: str) -> None:
@@ -298,7 +311,8 @@ class Scheduler:
     def _piece(self, prompt: Sequence | None) -> int:
         kind: StepKind = "prompt" if prompt is not None else "generated"
         rate = self._tokens_per_second.get(kind)
-        size = FIRST_PIECE if rate is None else int(rate * PIECE_SECONDS)
+        seconds = LONE_PIECE_SECONDS if len(self._running) == 1 else SHARED_PIECE_SECONDS
+        size = FIRST_PIECE if rate is None else int(rate * seconds)
         limit = MAX_LOGITS_PIECE if prompt is not None and prompt.logits_only else MAX_PIECE
         return min(max(size, MIN_PIECE), limit)
 
@@ -330,8 +344,16 @@ class Scheduler:
         self._operations = []
         ids = [i for s, n in batch for i in s.ids[s.num_computed : s.num_computed + n]]
         rows = embeddings.read_rows("embedding", ids) if ids else None
-        answers = self._coordinator.step(step, rows)
         self._last_kind = kind
+        everyone = {sequence.request_id for sequence, _ in batch}
+
+        def nobody_wants_it() -> bool:
+            return self._should_end or (bool(everyone) and everyone <= self._cancelled)
+
+        try:
+            answers = self._coordinator.step(step, rows, nobody_wants_it)
+        except StepAborted:
+            return  # Their slots are freed with the next step.
         for sequence, count in batch:
             sequence.num_computed += count
         if is_full:

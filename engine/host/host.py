@@ -254,7 +254,7 @@ class EngineHost:
             sequence = model.logits(call, on_prefill)
         self.scheduler.submit(sequence)
         if request_id in self._calls.cancelled:
-            self.scheduler.cancel(request_id)
+            self._call_soon(lambda: self.scheduler.cancel(request_id))
 
     # ---- main thread: model and plan ---------------------------------------------------------
 
@@ -323,6 +323,7 @@ class EngineHost:
         def tell() -> None:
             if self._application.end(request_id):
                 self._plan = None
+                self._nodes.drop_runner(error)
             self._fail(request_id, error)
 
         self._call_soon(tell)
@@ -350,6 +351,7 @@ class EngineHost:
 
         def tell() -> None:
             self._plan = None
+            self._nodes.drop_runner(error)
             self._broadcast(api.PlanLost(message=str(error)))
             self._send_nodes()
 

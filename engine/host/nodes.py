@@ -308,6 +308,17 @@ class Nodes:
                 kind = device.rpartition("/")[2]
                 self._tell(node, m.StopRunner(device=f"{node.description.name}/{kind}"))
 
+    def drop_runner(self, error: EngineError) -> None:
+        """End a runner that no longer answers, so that the next plan gets a new one."""
+        device = error.device if isinstance(error, WorkerLost) else None
+        if device is None:
+            return
+        node = self.node_of(device)
+        if node is not None and device in node.runners and node.description is not None:
+            del node.runners[device]
+            kind = device.rpartition("/")[2]
+            self._tell(node, m.StopRunner(device=f"{node.description.name}/{kind}"))
+
     def runner(self, device: str) -> RunnerAddress | None:
         """Where a device's runner listens, once it does."""
         node = self.node_of(device)

@@ -3,7 +3,6 @@ device and its layers; the host lives and can go on."""
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,14 +85,16 @@ def test_the_host_lives_and_serves_the_same_plan_again(session: Session) -> None
     assert session.generate("abc", raw=True, max_tokens=12).token_ids == before.token_ids
 
 
-def test_a_frozen_runner_is_named(session: Session) -> None:
+def test_a_frozen_runner_is_named_and_replaced(session: Session) -> None:
+    """Bug: the frozen process stayed the device's runner, and the next plan waited for it."""
+    before = session.generate("abc", raw=True, max_tokens=12)
     victim = runner_of(session, "local-2/cpu")
-    try:
-        error = interrupt_answer(session, victim.suspend)
-    finally:
-        victim.send_signal(signal.SIGCONT)
+    error = interrupt_answer(session, victim.suspend)
     assert "local-2/cpu" in str(error)
     assert "no longer answers" in str(error)
+    session.apply(session.plan)
+    assert session.generate("abc", raw=True, max_tokens=12).token_ids == before.token_ids
+    assert runner_of(session, "local-2/cpu").pid != victim.pid
 
 
 def test_a_runner_killed_while_idle_ends_the_plan(tiny_folder: Path) -> None:

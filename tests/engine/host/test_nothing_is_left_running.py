@@ -79,3 +79,14 @@ def test_killing_a_worker_ends_its_runner(session: Session) -> None:
     runners = worker.children(recursive=True)
     worker.kill()
     assert_gone(runners)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP is a POSIX signal")
+def test_closing_ends_a_frozen_runner_too(tiny_folder: Path) -> None:
+    """Bug: its worker ended before it had the time to kill it."""
+    session = Session(SessionOptions(model=str(tiny_folder), num_workers=2))
+    host = psutil.Process(session.client.host_pid)
+    processes = [host, *host.children(recursive=True)]
+    next(p for p in processes if p.cmdline()[-1] == "local-2/cpu").suspend()
+    session.close()
+    assert_gone(processes)

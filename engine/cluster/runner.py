@@ -1,4 +1,4 @@
-"""The process that computes on one device: `python -m engine.cluster.runner shardmix-runner DEVICE`.
+"""What computes on one device, in a process of its own (`engine.cluster.runner_process`).
 
 In: messages of one engine host (load a share, compute a step) and hand-overs of its peers. Out:
 answers. It is started by a worker, trusts the keys it is told, and ends with its worker.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
-import sys
 import threading
 import time
 from typing import Any
@@ -21,10 +19,9 @@ import zmq
 from engine.cluster import messages as m
 from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
-from engine.cluster.processes import answer_address, end_with_parent, read_greeting
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.short_logits import check_wanted, short_form
-from engine.cluster.transport import Channel, connect, listen, new_local_endpoint
+from engine.cluster.transport import Channel, connect, listen
 from engine.errors import EngineError, ProtocolError
 from engine.kernels.matrices import Matrix
 from engine.model.shard import ModelShard, WeightKey
@@ -42,7 +39,12 @@ class Runner:
     """Sockets and state of the process; everything happens in one thread."""
 
     def __init__(
-        self, device: str, host_key: bytes, control_endpoint: str, exchange_endpoint: str
+        self,
+        device: str,
+        host_key: bytes,
+        control_endpoint: str,
+        exchange_endpoint: str,
+        should_end: threading.Event,
     ) -> None:
         """Listen.
 
@@ -50,6 +52,7 @@ class Runner:
             device: name, such as "this/cpu" or "laptop/cuda0".
             host_key: public key of the engine host.
             exchange_endpoint: where peers of the plan connect.
+            should_end: set by whoever wants the loop to end.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -73,7 +76,7 @@ class Runner:
         self._poller.register(inbox, zmq.POLLIN)
         self._pending: collections.deque[tuple[m.Message, list[m.Array]]] = collections.deque()
         self._route = b""
-        self._should_end = threading.Event()
+        self._should_end = should_end
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
         self._exchange: Exchange | None = None
@@ -84,10 +87,6 @@ class Runner:
         self._step_id = 0
         self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
         self._last_logits: torch.Tensor | None = None
-
-    def end_soon(self) -> None:
-        """Ask the loop to end; any thread."""
-        self._should_end.set()
 
     def run(self) -> None:
         """Serve until asked to end."""
@@ -408,26 +407,3 @@ def _logit_rows(segments: tuple[m.Segment, ...]) -> list[int]:
         rows += [start + offset for offset in segment.logit_offsets]
         start += segment.token_count
     return rows
-
-
-def main() -> None:
-    """Entry of the process; the arguments only make it recognisable."""
-    logging.basicConfig(level=os.environ.get("SHARDMIX_LOG", "WARNING"), format="%(message)s")
-    greeting = read_greeting()
-    settings = greeting.settings
-    runner = Runner(
-        sys.argv[2],
-        greeting.parent_key.encode("ascii"),
-        str(settings.get("control_endpoint") or new_local_endpoint()),
-        str(settings["exchange_endpoint"]),
-    )
-    end_with_parent(runner.end_soon)
-    answer_address([runner.control_endpoint, runner.exchange_endpoint], runner.keys.public)
-    try:
-        runner.run()
-    finally:
-        runner.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -90,3 +91,17 @@ def test_closing_ends_a_frozen_runner_too(tiny_folder: Path) -> None:
     next(p for p in processes if p.cmdline()[-1] == "local-2/cpu").suspend()
     session.close()
     assert_gone(processes)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+def test_killing_the_starter_while_runners_start_ends_them_too(tiny_folder: Path) -> None:
+    """Bug: a runner heard of its parent's end only after it had imported torch."""
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tiny_folder)])
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not any("shardmix-runner" in p.cmdline() for p in children if p.is_running()):
+        assert time.monotonic() < deadline, "no runner was started"
+        children = psutil.Process(starter.pid).children(recursive=True)
+    starter.kill()
+    starter.wait()
+    assert_gone(children)

@@ -1,0 +1,41 @@
+"""The runner's process: `python -m engine.cluster.runner_process shardmix-runner DEVICE`.
+
+Started by a worker. It watches its parent before it imports torch, which takes seconds: whoever is
+killed in that time must not leave it behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+from engine.cluster.processes import answer_address, end_with_parent, read_greeting
+
+
+def main() -> None:
+    """Listen, tell the worker where, serve until asked to end."""
+    logging.basicConfig(level=os.environ.get("SHARDMIX_LOG", "WARNING"), format="%(message)s")
+    greeting = read_greeting()
+    should_end = threading.Event()
+    end_with_parent(should_end.set)
+
+    from engine.cluster.runner import Runner
+
+    runner = Runner(
+        sys.argv[2],
+        greeting.parent_key.encode("ascii"),
+        str(greeting.settings["control_endpoint"]),
+        str(greeting.settings["exchange_endpoint"]),
+        should_end,
+    )
+    answer_address([runner.control_endpoint, runner.exchange_endpoint], runner.keys.public)
+    try:
+        runner.run()
+    finally:
+        runner.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -460,6 +460,8 @@ def child_command(arguments: list[str], display: bool) -> tuple[str, list[str]]:
     """
     if arguments and arguments[0] == "test":
         return "python", ["-m", "pytest", *arguments[1:]]
+    if arguments and arguments[0] == "bench":
+        return "python", ["benchmarks", *arguments[1:]]
     opens_window = not arguments or arguments[0].startswith("-")
     if not opens_window or display:
         return "shardmix", arguments
@@ -481,7 +483,7 @@ def start(program: str, arguments: list[str]) -> int:
     """
     path = str(venv_program(ROOT / ".venv", program))
     command = [path, *arguments]
-    if program == "python":  # tests run in the tree, wherever this was called from
+    if program == "python":  # tests and benchmarks run in the tree, wherever this was called from
         os.chdir(ROOT)
     sys.stdout.flush()
     sys.stderr.flush()

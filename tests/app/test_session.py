@@ -123,6 +123,24 @@ def test_a_model_that_cannot_be_opened_offers_the_default(
     assert again.path is None
 
 
+def test_a_model_that_cannot_be_opened_leaves_the_earlier_one(
+    session: Session, recorder: Recorder, make_ready: Callable[..., Plan]
+) -> None:
+    make_ready(session)
+    session.open_model("/broken.gguf")
+    opening = recorder.last(api.OpenModel)
+    assert isinstance(opening, api.OpenModel)
+    session.hear(
+        [api.CallFailed(request_id=opening.request_id, error="CheckpointError", message="bad")]
+    )
+    assert session.is_ready
+    assert session.trouble is not None
+    assert session.trouble.message == "bad. The earlier model stays open"
+    session.dismiss_trouble()
+    assert session.trouble is None
+    assert session.is_ready
+
+
 def test_events_of_an_earlier_open_change_nothing(session: Session, recorder: Recorder) -> None:
     """The newest open counts: an older one that ends later must not replace its model."""
     old = recorder.last(api.OpenModel)

@@ -139,7 +139,7 @@ def test_an_old_python_is_told_which_to_use(
         (["--demo-workers", "2"], False, "shardmix", ["chat", "--workers", "2"]),
         (["--demo-workers=2", "--model", "m"], False, "shardmix", ["chat", "--workers=2", "--model", "m"]),
         (["generate", "Hi"], False, "shardmix", ["generate", "Hi"]),
-        (["bench", "--json"], False, "shardmix", ["bench", "--json"]),
+        (["bench"], False, "python", ["benchmarks"]),
         (["test", "-k", "plan"], False, "python", ["-m", "pytest", "-k", "plan"]),
     ],
 )  # fmt: skip

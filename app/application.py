@@ -24,6 +24,8 @@ from app.stages import StartOptions
 from app.window import MainWindow
 from engine.client import EngineClient
 
+EXIT_INTERRUPTED = 130
+
 
 class Desk(QObject):
     """One window with its engine."""
@@ -87,8 +89,8 @@ class SignalWatch(QObject):
         self._writer.close()
 
     def _on_signal(self) -> None:
-        if self._reader.recv(64):
-            QApplication.quit()
+        numbers = self._reader.recv(64)
+        QApplication.exit(EXIT_INTERRUPTED if signal.SIGINT in numbers else 0)
 
 
 def run(options: StartOptions, settings_path: Path) -> int:

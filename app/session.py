@@ -59,6 +59,7 @@ class Session(QObject):
 
     Attributes:
         stage, trouble: whether a question can be answered now, and what is in the way.
+        open_path: what was asked to be opened last; None is the default model.
         model: of the last `ModelOpened`; None before.
         plan: the plan in force; None while there is none.
         last_plan: the last plan that was in force for this model.
@@ -91,7 +92,7 @@ class Session(QObject):
         self.nodes: tuple[NodeState, ...] = ()
         self.device_order: list[str] = [HOME_DEVICE]
         self.progress: dict[str, Progress] = {}
-        self._open_path: str | None = options.model
+        self.open_path: str | None = options.model
         self._open_request = 0
         self._apply_request = 0
         self._wants_plan = False
@@ -104,7 +105,7 @@ class Session(QObject):
         self._handlers.clear()
         self._set_stage(Stage.STARTING)
         self._bridge.start()
-        self.open_model(self._open_path)
+        self.open_model(self.open_path)
         if self._wanted_simulated:
             self.add_simulated_nodes(self._wanted_simulated)
         for token in self.options.join_tokens:
@@ -130,7 +131,7 @@ class Session(QObject):
 
     def open_model(self, path: str | None) -> None:
         """Open a file or folder; None opens the default model."""
-        self._open_path = path
+        self.open_path = path
         self.progress = {}
         self._wants_plan = False
         if self.stage is not Stage.STARTING:
@@ -169,6 +170,11 @@ class Session(QObject):
                 self.open_model(None)
             case "restart":
                 self.start()
+
+    def dismiss_trouble(self) -> None:
+        """Forget a trouble that keeps nobody from going on."""
+        if self.is_ready and self.trouble is not None:
+            self._set_stage(self.stage)
 
     def add_simulated_nodes(self, count: int) -> None:
         """Have `count` simulated nodes in all."""
@@ -291,7 +297,7 @@ class Session(QObject):
     def _make_open(self, request_id: int) -> Message:
         return OpenModel(
             request_id=request_id,
-            path=self._open_path,
+            path=self.open_path,
             dtype=self.options.dtype,
             kv_window=self.options.kv_window,
             num_threads=self.options.num_threads,
@@ -306,15 +312,18 @@ class Session(QObject):
             case ModelOpened():
                 self._take_model(event)
             case CallFailed():
-                self._stop(
-                    Trouble(
-                        title="The model could not be opened",
-                        message=event.message,
-                        remedy="open_default",
-                    )
-                )
+                self._take_open_failure(event.message)
             case _:
                 pass
+
+    def _take_open_failure(self, message: str) -> None:
+        title = "The model could not be opened"
+        if self.plan is not None:
+            message = f"{message}. The earlier model stays open"
+        self._stop(Trouble(title=title, message=message, remedy="open_default"))
+        if self.plan is not None:
+            self.stage = Stage.READY
+            self.stage_changed.emit()
 
     def _on_apply_event(self, event: Message) -> None:
         if getattr(event, "request_id", None) != self._apply_request:

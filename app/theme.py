@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Literal
 
 from PySide6.QtCore import Qt
@@ -219,6 +220,7 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@cache
 def _adapted(colour: str, background: str, is_dark: bool) -> str:
     """The colour, moved in lightness until it stands out from the background."""
     red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))

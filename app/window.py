@@ -27,6 +27,7 @@ from app.actions import ACTIONS, MENUS, ActionSpec
 from app.chat.chat_page import ChatPage
 from app.chat.conversation import Conversation
 from app.cluster.cluster_page import ClusterPage
+from app.icon import window_icon
 from app.look import Look
 from app.monitor.history import History
 from app.monitor.monitor_page import MonitorPage
@@ -53,6 +54,7 @@ class MainWindow(QMainWindow):
         super().__init__()
         self.setObjectName("mainWindow")
         self.setWindowTitle("Shardmix")
+        self.setWindowIcon(window_icon())
         self.setMinimumSize(MINIMUM_SIZE)
         self._session = session
         self._look = look
@@ -159,6 +161,10 @@ class MainWindow(QMainWindow):
         if spec.is_choice:
             action.setCheckable(True)
             self._theme_group.addAction(action)
+        if spec.menu == "Split":
+            # In the chat, Ctrl+Return and Ctrl+Z belong to the message.
+            action.setShortcutContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
+            self.split_page.addAction(action)
         handler: Callable[[], None] = getattr(self, spec.handler)
         action.triggered.connect(handler)
         self._actions[spec.name] = action
@@ -212,6 +218,8 @@ class MainWindow(QMainWindow):
         model = self._session.model
         if model is not None:
             self.setWindowTitle(f"{model.name} - Shardmix")
+            # Only what could be opened is worth opening again.
+            self._settings.last_model = self._session.open_path
 
     def _on_undo_text_changed(self, text: str) -> None:
         self._actions["undo"].setText(f"Undo: {text}" if text else "Undo")
@@ -239,8 +247,6 @@ class MainWindow(QMainWindow):
         self._open(None)
 
     def _open(self, path: str | None) -> None:
-        self._settings.last_model = path
-        self.conversation.new_chat()
         self._session.open_model(path)
         self.show_page(0)
 

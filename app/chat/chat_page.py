@@ -73,7 +73,9 @@ class ChatPage(QWidget):
         )
         self._banner = make_card("chatBanner", "trouble")
         self._banner_text = make_label("", "chatBannerText", wraps=True)
-        self._banner_button = make_button("", "chatBannerButton", kind="primary")
+        self._banner_button = make_button(
+            "", "chatBannerButton", "Put the split in force again", kind="primary"
+        )
         self._strip = make_card("applyStrip", "bar")
         self._strip_text = make_label("", "applyStripText", "small")
         self._strip_bar = QProgressBar()
@@ -185,6 +187,8 @@ class ChatPage(QWidget):
         session.progress_changed.connect(self._show_strip)
         conversation.state_changed.connect(self.refresh)
         conversation.was_reset.connect(self.refresh)
+        conversation.message_changed.connect(self._show_strip)
+        conversation.text_added.connect(self._on_text_added)
         conversation.message_added.connect(self.refresh)
         self.composer.sent.connect(self._on_sent)
         self.composer.stopped.connect(conversation.stop)
@@ -219,9 +223,10 @@ class ChatPage(QWidget):
 
     def _show_strip(self) -> None:
         session = self._session
-        progress = overall(session.progress)
         is_moving = session.stage in (Stage.LOADING, Stage.OPENING)
-        self._strip.setVisible(is_moving and bool(self._conversation.messages))
+        progress = overall(session.progress) if is_moving else self._conversation.reading
+        is_wanted = is_moving or progress is not None
+        self._strip.setVisible(is_wanted and bool(self._conversation.messages))
         end, value = bar_range(progress)
         self._strip_bar.setRange(0, end)
         self._strip_bar.setValue(value)
@@ -229,6 +234,10 @@ class ChatPage(QWidget):
             self._strip_text.setText("Applying the split")
         else:
             self._strip_text.setText(self._apply_text.describe(progress, time.monotonic()))
+
+    def _on_text_added(self) -> None:
+        if self._strip.isVisible():
+            self._show_strip()
 
     def _on_sent(self, text: str) -> None:
         if self._conversation.send(text):

@@ -114,6 +114,8 @@ class Conversation(QObject):
         self.decode_tps: float | None = None
         self._request_id = 0
         self._answer = -1
+        self._model_path: str | None = None
+        session.model_changed.connect(self._on_model_changed)
         session.stage_changed.connect(self.state_changed)
         session.plan_changed.connect(self.state_changed)
 
@@ -140,6 +142,7 @@ class Conversation(QObject):
         text = text.strip()
         if not text or not self.can_send:
             return False
+        self._session.dismiss_trouble()
         self._add(ChatMessage(role="user", text=text))
         self._ask()
         return True
@@ -191,6 +194,28 @@ class Conversation(QObject):
             role = "user" if message.role == "user" else "assistant"
             turns.append(ChatTurn(role=role, content=message.text))
         return tuple(turns)
+
+    @property
+    def reading(self) -> Progress | None:
+        """How far the prompt of the answer under way is read; None while nothing is read."""
+        message = self.messages[self._answer] if self.is_answering else None
+        if message is None or message.state != "reading" or not message.prompt_tokens:
+            return None
+        return Progress(
+            request_id=self._request_id,
+            phase="prefill",
+            subject="prompt",
+            done=message.read_tokens,
+            total=message.prompt_tokens,
+        )
+
+    def _on_model_changed(self) -> None:
+        """Another model begins another chat; the same one, opened again, goes on."""
+        model = self._session.model
+        path = None if model is None else model.path
+        if self._model_path is not None and path != self._model_path:
+            self.new_chat()
+        self._model_path = path
 
     def _ask(self) -> None:
         self._leave_out_oldest()
@@ -263,7 +288,7 @@ class Conversation(QObject):
         message.state = "stopped" if finished.finish_reason == "cancelled" else "done"
         message.finished = finished
         message.num_tokens = len(finished.token_ids)
-        message.shares = self._shares(finished)
+        message.shares = self._shares(finished) if finished.token_ids else []
         self.used_tokens = finished.prompt_tokens + len(finished.token_ids)
         if finished.token_ids:
             self.ttft_s = finished.ttft_s
@@ -304,6 +329,8 @@ class Conversation(QObject):
         if finished is None:
             is_cut = message.state == "failed" and message.num_tokens
             return f"{plural(message.num_tokens, 'token')} before it failed" if is_cut else ""
+        if not finished.token_ids and finished.finish_reason == "cancelled":
+            return "stopped by you before the first word"
         reasons = {
             "stop": "ended by itself",
             "length": "token limit",

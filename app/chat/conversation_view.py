@@ -10,8 +10,16 @@ from __future__ import annotations
 import time
 
 from PySide6.QtCore import QTimer, QUrl, Signal
-from PySide6.QtGui import QGuiApplication, QResizeEvent, QShowEvent, QTextCursor
-from PySide6.QtWidgets import QPushButton, QTextBrowser, QWidget
+from PySide6.QtGui import (
+    QAccessible,
+    QAccessibleAnnouncementEvent,
+    QCursor,
+    QGuiApplication,
+    QResizeEvent,
+    QShowEvent,
+    QTextCursor,
+)
+from PySide6.QtWidgets import QPushButton, QTextBrowser, QToolTip, QWidget
 
 from app.chat.conversation import ChatMessage, Conversation
 from app.chat.markdown_blocks import BlockSplitter
@@ -60,6 +68,7 @@ class ConversationView(QTextBrowser):
         self._tail_place: Place | None = None
         self._written_code: str | None = None
         self._shown = -1
+        self._has_text = False
         self._is_following = True
         self._is_scrolling_itself = False
         self._flush_timer = QTimer(self)
@@ -138,6 +147,7 @@ class ConversationView(QTextBrowser):
             self._splitter = BlockSplitter()
             self._tail_place = self._writer.place()
             self._written_code = None
+            self._has_text = bool(message.text)
             self._closed = self._splitter.feed(message.text)
             self._write_tail()
         cursor.endEditBlock()
@@ -165,9 +175,15 @@ class ConversationView(QTextBrowser):
         self._writer.rewind(self._tail_place)
         for source in self._closed:
             self._write_block(source)
+        self._announce("".join(self._closed))
         self._closed = []
         self._tail_place = self._writer.place()
         self._written_code = None
+
+    def _announce(self, text: str) -> None:
+        """Tell a screen reader what was finished, block by block."""
+        if QAccessible.isActive():
+            QAccessible.updateAccessibility(QAccessibleAnnouncementEvent(self, text))
 
     def _write_block(self, source: str) -> None:
         self.num_block_writes += 1
@@ -246,7 +262,8 @@ class ConversationView(QTextBrowser):
     def _on_text_added(self, index: int, text: str) -> None:
         if index != self._shown or self._tail_place is None:
             return
-        is_first = not self._splitter.tail and self._written_code is None
+        is_first = not self._has_text
+        self._has_text = True
         self._closed += self._splitter.feed(text)
         if is_first:
             self.flush()
@@ -272,17 +289,20 @@ class ConversationView(QTextBrowser):
         kind, _, rest = url.toString().partition(":")
         match kind, rest:
             case "copy-message", index:
-                text = self._conversation.messages[int(index)].text
-                QGuiApplication.clipboard().setText(text)
+                self._copy(self._conversation.messages[int(index)].text)
             case "copy-code", index:
-                QGuiApplication.clipboard().setText(code_of(self._codes[int(index)]))
+                self._copy(code_of(self._codes[int(index)]))
             case "action", "load-again":
                 self.load_again_clicked.emit()
             case "action", "regenerate":
                 self.regenerate_clicked.emit()
             case _:
-                # A link from a model is shown, never followed.
-                QGuiApplication.clipboard().setText(url.toString())
+                # A link from a model is copied, never followed.
+                self._copy(url.toString())
+
+    def _copy(self, text: str) -> None:
+        QGuiApplication.clipboard().setText(text)
+        QToolTip.showText(QCursor.pos(), "Copied", self)
 
     # ---- scrolling ---------------------------------------------------------------------------
 

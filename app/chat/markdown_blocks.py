@@ -16,6 +16,8 @@ MAX_TAIL_CHARS = 8_000
 # An open block is looked at again when it has grown by this part, so that lines cost little.
 REGROWTH = 8
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$")
+# A list, a quotation or indented code may go on after a blank line.
+_ENDED_BY_BLANK = ("paragraph_open", "heading_open", "table_open", "hr")
 
 
 class OpenCode(NamedTuple):
@@ -104,10 +106,11 @@ class BlockSplitter:
         if len(self.tail) > MAX_TAIL_CHARS:
             # Laying out one huge paragraph for every piece would cost more than a wrong border.
             return whole
-        if (whole - self._scanned) * REGROWTH < whole:
+        ends_blank = self.tail.endswith("\n\n", 0, whole)
+        if not ends_blank and (whole - self._scanned) * REGROWTH < whole:
             return 0
         self._scanned = whole
-        return self._second_block_start(whole)
+        return self._first_block_end(whole, ends_blank)
 
     def _fence_end(self, marks: str, body: int, whole: int) -> int:
         start = max(self._scanned, body)
@@ -116,17 +119,18 @@ class BlockSplitter:
         self._scanned = whole
         return 0 if match is None else match.end()
 
-    def _second_block_start(self, whole: int) -> int:
+    def _first_block_end(self, whole: int, ends_blank: bool) -> int:
         source = self.tail[:whole]
-        starts = [
-            token.map[0]
+        blocks = [
+            (token.type, token.map[0])
             for token in self._parser.parse(source)
             if token.level == 0 and token.nesting >= 0 and token.map is not None
         ]
-        if len(starts) < 2:
-            return 0
+        if len(blocks) < 2:
+            is_over = ends_blank and bool(blocks) and blocks[0][0] in _ENDED_BY_BLANK
+            return whole if is_over else 0
         position = 0
-        for _ in range(starts[1]):
+        for _ in range(blocks[1][1]):
             position = source.index("\n", position) + 1
         return position
 

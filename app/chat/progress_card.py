@@ -41,7 +41,7 @@ class ProgressCard(QWidget):
         self._bar.setObjectName("startProgress")
         self._bar.setAccessibleName("Progress of the start")
         self._bar.setTextVisible(False)
-        self._button = make_button("", "mendButton", kind="primary")
+        self._button = make_button("", "mendButton", "Try to go on", kind="primary")
         self._suggestions = [
             make_button(text, f"suggestion{index}", "Ask this")
             for index, text in enumerate(SUGGESTIONS)

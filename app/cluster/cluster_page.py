@@ -74,7 +74,7 @@ class ClusterPage(QWidget):
         form.setContentsMargins(12, 10, 12, 10)
         form.addWidget(
             make_label(
-                "On the other computer run:  shardmix-worker pair  — it prints a join token. "
+                "On the other computer run:  shardmix-worker run. It prints a join token. "
                 "Paste it here.",
                 "addNodeHelp",
                 "muted",

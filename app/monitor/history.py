@@ -18,6 +18,8 @@ Floats = npt.NDArray[np.float64]
 MAX_SAMPLES = 6000  # ten minutes at eight a second, and some
 GAP_SECONDS = 1.0
 SMOOTH_SECONDS = 1.0
+# So long after the last step the speed is unknown again.
+QUIET_SECONDS = 3.0
 KINDS = ("compute", "wait", "network")
 
 
@@ -107,13 +109,13 @@ class History:
         y = np.where(rows[:, 3] > 0, tokens / seconds, np.nan)
         return np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan)
 
-    def rate_now(self, now: float, window: float = 1.0) -> float | None:
-        """Generated tokens per second over the last moment; None when nothing ran."""
-        return self._rate(now, window, 3)
+    def rate_now(self, now: float) -> float | None:
+        """Generated tokens per second over the last second of work; None when nothing ran."""
+        return self._rate(now, 3)
 
-    def prompt_rate_now(self, now: float, window: float = 1.0) -> float | None:
-        """Prompt tokens per second over the last moment; None when nothing was read."""
-        return self._rate(now, window, 2)
+    def prompt_rate_now(self, now: float) -> float | None:
+        """Prompt tokens per second over the last second of work; None when nothing was read."""
+        return self._rate(now, 2)
 
     def device_bins(self, device: str, now: float, window: float, num_bins: int) -> Floats:
         """How a device's time went.
@@ -151,12 +153,15 @@ class History:
                 totals.append(DeviceTotals(device, float(compute), float(wait), float(network)))
         return totals
 
-    def _rate(self, now: float, window: float, column: int) -> float | None:
-        rows = _recent(self._rates.view(), now - window)
+    def _rate(self, now: float, column: int) -> float | None:
+        rows = _recent(self._rates.view(), now - QUIET_SECONDS)
         rows = rows[rows[:, column] > 0]
         if not len(rows):
             return None
-        return float(rows[:, column].sum() / rows[:, 1].sum())
+        # From the newest back until a second is full; one slow step may take longer than that.
+        spent = np.cumsum(rows[::-1, 1])
+        count = int(np.searchsorted(spent, SMOOTH_SECONDS)) + 1
+        return float(rows[-count:, column].sum() / rows[-count:, 1].sum())
 
 
 def bottleneck_text(totals: list[DeviceTotals], names: dict[str, str]) -> str:

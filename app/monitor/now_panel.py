@@ -79,6 +79,7 @@ class NowPanel(QFrame):
         self._history = history
         self._look = look
         self._lines: list[DeviceLine] = []
+        self._title = make_label("Speed", "nowTitle", "muted")
         self._speed = make_label(UNKNOWN, "nowSpeed", "large")
         self._speed.setToolTip("Generated tokens per second in the last second")
         self._plot = SpeedPlot(history, look, "nowSpeedPlot")
@@ -96,7 +97,7 @@ class NowPanel(QFrame):
         layout.setContentsMargins(12, 12, 12, 12)
         layout.setSpacing(8)
         title = QHBoxLayout()
-        title.addWidget(make_label("Speed", "nowTitle", "muted"))
+        title.addWidget(self._title)
         title.addStretch(1)
         title.addWidget(self._speed, 0, Qt.AlignmentFlag.AlignRight)
         layout.addLayout(title)
@@ -117,10 +118,9 @@ class NowPanel(QFrame):
         self._plot.refresh(now, WINDOW_SECONDS)
         rate = self._history.rate_now(now)
         reading = self._history.prompt_rate_now(now)
-        if rate is None and reading is not None:
-            self._speed.setText(f"reads {figure(reading, 'tok/s')}")
-        else:
-            self._speed.setText(figure(rate, "tok/s"))
+        is_reading = rate is None and reading is not None
+        self._title.setText("Reads" if is_reading else "Speed")
+        self._speed.setText(figure(reading if is_reading else rate, "tok/s"))
         totals = {item.device: item for item in self._history.totals(now)}
         for line in self._lines:
             total = totals.get(line.device)

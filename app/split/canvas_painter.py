@@ -189,10 +189,17 @@ class CanvasPainter:
             )
             room = box.width() - 2 * TEXT_PADDING
             text = next((t for t in texts if metrics.horizontalAdvance(t) <= room), "")
-            fill = theme.device_fill(self._session.device_index(device))
-            painter.setPen(theme.colour("text") if is_draft else readable_on(fill))
+            index = self._session.device_index(device)
+            place = box.adjusted(TEXT_PADDING, 0, 0, 0)
             align = Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter
-            painter.drawText(box.adjusted(TEXT_PADDING, 0, 0, 0), align, text)
+            painter.setPen(theme.colour("text"))
+            if theme.is_hatched(index):
+                # Nobody reads text on a hatch.
+                behind = painter.boundingRect(place, align, text).adjusted(-3, -1, 3, 1)
+                painter.fillRect(behind, theme.colour("surface"))
+            elif not is_draft:
+                painter.setPen(readable_on(theme.device_fill(index)))
+            painter.drawText(place, align, text)
 
     def _paint_divider(
         self, painter: QPainter, bar: QRectF, parts: Parts, state: CanvasState

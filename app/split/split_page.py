@@ -14,6 +14,7 @@ from PySide6.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
+from superqt import QFlowLayout
 
 from app.look import Look
 from app.session import Session
@@ -44,7 +45,7 @@ class SplitPage(QWidget):
         self.faders = FaderPanel(presenter, session, look)
         self.text_panel = TextPanel(presenter)
         self.apply_bar = ApplyBar(presenter, session)
-        self._chips = QHBoxLayout()
+        self._chips = QFlowLayout()
         self._chip_boxes: dict[str, QCheckBox] = {}
         self._simulate_button = make_button(
             "Simulate two more nodes", "splitSimulateButton", "Start two more nodes here"
@@ -90,13 +91,15 @@ class SplitPage(QWidget):
         head.addWidget(self._undo_button)
         head.addWidget(self._redo_button)
         head.addWidget(self._text_button)
-        self._chips.setSpacing(14)
+        self._chips.setContentsMargins(0, 0, 0, 0)
+        self._chips.setHorizontalSpacing(16)
+        self._chips.setVerticalSpacing(4)
         chips = QHBoxLayout()
         chips.setSpacing(14)
-        chips.addWidget(make_label("Devices", "devicesLabel", "muted"))
-        chips.addLayout(self._chips)
+        label = make_label("Devices", "devicesLabel", "muted")
+        chips.addWidget(label, 0, Qt.AlignmentFlag.AlignTop)
+        chips.addLayout(self._chips, 1)
         chips.addWidget(self._simulate_button)
-        chips.addStretch(1)
         self._range.setObjectName("rangeEdit")
         self._range.setAccessibleName("Select layers by their numbers")
         self._range.setToolTip("Select layers by their numbers, such as 0-9, 12, then Enter")
@@ -199,7 +202,10 @@ class SplitPage(QWidget):
                 box.setToolTip("Whether this device takes part in the draft")
                 box.clicked.connect(self._on_chip_clicked)
                 self._chip_boxes[device] = box
-                self._chips.insertWidget(place, box)
+            if self._chips.indexOf(box) != place:
+                # A flow has no way to insert: this one and those behind it go to the end in turn.
+                self._chips.removeWidget(box)
+                self._chips.addWidget(box)
             label = self._session.device_label(device)
             box.setText(label if self._presenter.is_available(device) else f"{label} (lost)")
             box.setAccessibleName(f"{label} takes part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -199,26 +200,52 @@ def test_closing_the_window_leaves_no_process(desk: Desk) -> None:
     assert len(_ended(children)) == len(children)
 
 
-def test_a_killed_window_takes_its_processes_along(
+@pytest.fixture
+def window_process(
     default_model_path: Path, tmp_path: Path
-) -> None:
+) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A window in a process of its own, and everything it started."""
     command = [sys.executable, "-P", "-m", "app", "--demo-workers", "2"]
     command += ["--model", str(default_model_path), "--settings", str(tmp_path / "window.ini")]
     environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as window:
         try:
-            children = _wait_for_runner(psutil.Process(window.pid))
+            yield window, _wait_for_runner(psutil.Process(window.pid))
         finally:
             window.kill()
-        window.wait(10)
+
+
+def _assert_all_end(processes: list[psutil.Process]) -> None:
     deadline = time.monotonic() + END_SECONDS
-    while len(_ended(children)) < len(children) and time.monotonic() < deadline:
+    while len(_ended(processes)) < len(processes) and time.monotonic() < deadline:
         time.sleep(0.02)
-    ended = _ended(children)
-    left = [process for process in children if process not in ended]
+    ended = _ended(processes)
+    left = [process for process in processes if process not in ended]
     for process in left:
         process.kill()
     assert not left
+
+
+def test_a_killed_window_takes_its_processes_along(
+    window_process: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    window, children = window_process
+    window.kill()
+    window.wait(10)
+    _assert_all_end(children)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_an_interrupted_window_ends_in_order(
+    window_process: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+    number: signal.Signals,
+    exit_code: int,
+) -> None:
+    window, children = window_process
+    window.send_signal(number)
+    assert window.wait(10) == exit_code
+    _assert_all_end(children)
 
 
 def _wait_for_runner(window: psutil.Process) -> list[psutil.Process]:

@@ -15,13 +15,11 @@ import numpy as np
 
 from engine.errors import CheckpointError, ConfigError
 from engine.text.pretokenizers import PRE_TOKENIZERS
-from engine.text.tokenizer import Vocabulary
+from engine.text.vocabulary import TURN_ENDS, Vocabulary
 from engine.weights.gguf import GgufFile, Value, metadata_strings
 from engine.weights.mapped import one_line
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-# Control tokens that end a turn, whether or not the file declares them.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
 _SPECIAL_NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from engine.errors import CheckpointError, ConfigError
-from engine.text.gguf_vocabulary import TURN_ENDS
-from engine.text.tokenizer import Vocabulary
+from engine.text.vocabulary import TURN_ENDS, Vocabulary
 from engine.weights.hf_config import read_json_object, refuse_own_code
 from engine.weights.mapped import one_line
 

@@ -11,50 +11,19 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import tokenizers
 
 from engine.errors import CheckpointError, PromptError
 from engine.text.byte_level import to_bytes
+from engine.text.gguf_vocabulary import read_gguf_vocabulary
+from engine.text.hf_vocabulary import read_hf_vocabulary
+from engine.text.vocabulary import Vocabulary
 
 MAX_TEXT_CHARACTERS = 1 << 22
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
-    """Everything a tokenizer is made of.
-
-    Attributes:
-        backend: settings of the `tokenizers` library without the protected tokens and without a
-            post-processor: no text can come out of it as a protected token.
-        tokens: id to text, in the file's own alphabet; ids without a token are absent.
-        kind: how a token's text stands for bytes.
-        control: ids that carry structure and are never shown.
-        protected: text to id of the tokens that user input cannot become: the control tokens, and
-            added tokens that the chat template writes, such as <tool_call>.
-        raw: ids whose text stands for itself in UTF-8.
-        strips: protected ids that swallow whitespace (left, right) beside them when parsed.
-        special_tokens: names a chat template may use, such as bos_token, to their text.
-    """
-
-    path: Path
-    backend: dict[str, Any]
-    tokens: Mapping[int, str]
-    kind: Literal["byte_level", "sentencepiece"]
-    control: frozenset[int]
-    protected: Mapping[str, int]
-    raw: frozenset[int]
-    bos_id: int | None
-    eos_ids: frozenset[int]
-    adds_bos: bool
-    strips: Mapping[int, tuple[bool, bool]] = field(default_factory=dict[int, "tuple[bool, bool]"])
-    special_tokens: Mapping[str, str] = field(default_factory=dict[str, str])
-    chat_template: str | None = None
 
 
 class Tokenizer:
@@ -245,7 +214,4 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: there is none, or it is damaged or of an unsupported kind.
         ConfigError: it wants to run its own code.
     """
-    from engine.text.gguf_vocabulary import read_gguf_vocabulary
-    from engine.text.hf_vocabulary import read_hf_vocabulary
-
     return Tokenizer(read_hf_vocabulary(path) if path.is_dir() else read_gguf_vocabulary(path))

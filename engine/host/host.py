@@ -23,7 +23,8 @@ from engine.cluster.join_token import decode_token
 from engine.cluster.messages import Array, Message
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, listen, new_local_endpoint
-from engine.decode.scheduler import Measured, Scheduler
+from engine.decode.listener import Measured
+from engine.decode.scheduler import Scheduler
 from engine.decode.sequence import DeviceTotals, Sequence
 from engine.errors import Cancelled, EngineError, PlanError
 from engine.host import messages as api

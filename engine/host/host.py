@@ -228,7 +228,11 @@ class EngineHost:
         )
         model = OpenedModel(path, call.dtype, call.kv_window)
         # Nothing of the old model may be read by the scheduler when its files close.
-        self.scheduler.drop_plan(PlanError("another model was opened")).wait(30)
+        dropped = self.scheduler.drop_plan(PlanError("another model was opened"))
+        while not dropped.wait(0.25):
+            if self._should_end:
+                model.close()
+                return
         self._call_soon(lambda: self._take_model(model, call))
 
     def _submit(self, call: Any) -> None:
@@ -260,6 +264,7 @@ class EngineHost:
     # ---- main thread: model and plan ---------------------------------------------------------
 
     def _take_model(self, model: OpenedModel, call: api.OpenModel) -> None:
+        self._application.abandon(PlanError("another model was opened"))
         if self._model is not None:
             self._model.close()
         self._model = model

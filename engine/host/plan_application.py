@@ -125,6 +125,13 @@ class PlanApplication:
         self._job = None
         return True
 
+    def abandon(self, error: EngineError) -> None:
+        """Give up a plan that is not loading yet: its model is about to be closed."""
+        job = self._job
+        if job is not None and not job.is_loading:
+            self._job = None
+            self._fail(job.request_id, error)
+
     def runner_lost(self, device: str, cause: str) -> None:
         """A runner ended before it could load."""
         job = self._job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,28 @@ def test_applying_a_plan_in_the_middle_of_an_answer_changes_no_token(session: Se
     assert isinstance(finished, api.Finished)
     assert finished.token_ids == expected
     assert finished.plan == plan
+
+
+def test_opening_another_model_ends_what_runs_on_the_old_one(
+    session: Session, tiny_folder: Path
+) -> None:
+    """Whatever moment it comes in, the host lives and the new model answers the same."""
+    before = session.generate("abc", raw=True, max_tokens=8).token_ids
+    running = endless(session)
+    apply = api.ApplyPlan(request_id=session.client.next_request_id(), plan=session.plan)
+    opening = api.OpenModel(
+        request_id=session.client.next_request_id(), path=str(tiny_folder), dtype="float32"
+    )
+    for call in (running, apply, opening):
+        session.client.post(call)
+    ended: dict[int, str] = {}
+    deadline = time.monotonic() + 60
+    while len(ended) < 3:
+        assert time.monotonic() < deadline, f"ended: {ended}"
+        event = session.client.receive(1)
+        if event is not None and isinstance(event.message, api.Done | api.CallFailed):
+            ended[event.message.request_id] = type(event.message).__name__
+    assert ended[running.request_id] == "CallFailed"
+    assert ended[opening.request_id] == "Done"
+    session.apply(session.plan)
+    assert session.generate("abc", raw=True, max_tokens=8).token_ids == before

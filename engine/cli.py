@@ -110,6 +110,16 @@ def window(
 ) -> None:
     """Run language models on the computers you already own. Without a command: the window."""
     if context.invoked_subcommand is not None:
+        given = [
+            name
+            for name in ("demo_workers", "model", "dtype")
+            if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+        ]
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise typer.BadParameter(
+                f"{option} before {context.invoked_subcommand} is for the window; write it after"
+            )
         return
     if importlib.util.find_spec("PySide6") is None:
         _fail(
@@ -121,7 +131,10 @@ def window(
     arguments = ["--demo-workers", str(demo_workers), "--dtype", dtype.value]
     if model is not None:
         arguments += ["--model", model]
-    process = subprocess.Popen([sys.executable, "-P", "-m", "app", *arguments])
+    command = [sys.executable, "-P", "-m", "app", *arguments]
+    if os.name != "nt":
+        os.execv(sys.executable, command)  # What ends this command ends the window.
+    process = subprocess.Popen(command)
     try:
         raise typer.Exit(process.wait())
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ This module imports no torch and no Qt.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -51,6 +52,7 @@ class EngineClient:
         self._context: zmq.Context[Any] = zmq.Context()
         self._ids = itertools.count(1)
         self._outgoing: deque[Message] = deque()
+        self._failed: deque[Message] = deque()
         self._wake_lock = threading.Lock()
         self._is_closed = False
         self._wake_receiver = self._context.socket(zmq.PAIR)
@@ -77,6 +79,7 @@ class EngineClient:
             keys,
             address.public_key.encode("ascii"),
             address.endpoints[0],
+            is_watched=False,
         )
         self._channel: Channel[Any] = Channel(socket, api.EVENTS)
         self._poller = zmq.Poller()
@@ -93,7 +96,7 @@ class EngineClient:
         return next(self._ids)
 
     def post(self, call: Message) -> None:
-        """Send a call; returns at once. Any thread."""
+        """Queue a call, which the next `receive` sends; returns at once. Any thread."""
         self._outgoing.append(call)
         self.wake()
 
@@ -101,7 +104,8 @@ class EngineClient:
         """Make a waiting `receive` return. Any thread."""
         with self._wake_lock:
             if not self._is_closed:
-                self._wake_sender.send(b"")
+                with contextlib.suppress(zmq.Again):  # Enough unread wakes do as well as one more.
+                    self._wake_sender.send(b"", zmq.DONTWAIT)
 
     def receive(self, timeout_seconds: float | None = None) -> Event | None:
         """The next event; None after `timeout_seconds`, or after `wake`.
@@ -109,6 +113,8 @@ class EngineClient:
         Raises: WorkerLost: the engine host has ended.
         """
         self._send_outgoing()
+        if self._failed:
+            return Event(self._failed.popleft(), [])
         received = self._channel.receive(0)
         if received is None:
             timeout = None if timeout_seconds is None else max(0, int(timeout_seconds * 1000))
@@ -171,7 +177,17 @@ class EngineClient:
 
     def _send_outgoing(self) -> None:
         while self._outgoing:
-            self._channel.send(self._outgoing.popleft())
+            call = self._outgoing.popleft()
+            try:
+                self._channel.send(call)
+            except EngineError as error:
+                self._failed.append(
+                    api.CallFailed(
+                        request_id=call.request_id,  # type: ignore[attr-defined]
+                        error=type(error).__name__,
+                        message=str(error),
+                    )
+                )
 
     def _on_host_exit(self, _child: Child) -> None:
         self._host_exit.set()

@@ -6,11 +6,12 @@ In: which model, which plan. Out: answers and logits. It starts an engine host a
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.plan_file import read_plan_file
 from engine.plan.presets import even, single
+
+# A cancel is heard within milliseconds; a host that does not answer is not waited for.
+CANCEL_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,15 +144,18 @@ class Session:
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """Raw logits of every position, float32 [len(ids), vocab_size]."""
-        rows: list[NDArray[Any]] = []
+        rows: NDArray[np.float32] = np.empty(
+            (len(ids), self.model.config.vocab_size), dtype=np.float32
+        )
 
         def on_event(event: Event) -> None:
             if isinstance(event.message, api.LogitsRows):
-                rows.append(np.array(event.tensors[0]))
+                first = event.message.first_position
+                rows[first : first + event.tensors[0].shape[0]] = event.tensors[0]
             self._on_event(event.message)
 
         self.client.run(api.ComputeLogits(request_id=self._id(), ids=tuple(ids)), on_event)
-        return np.concatenate(rows)
+        return rows
 
     def close(self) -> None:
         """End the host and everything it started."""
@@ -161,8 +168,23 @@ class Session:
         try:
             return self.client.run(call, lambda event: self._on_event(event.message))
         except KeyboardInterrupt:
-            self.client.post(api.Cancel(request_id=call.request_id))  # type: ignore[attr-defined]
+            self._cancel(call.request_id)  # type: ignore[attr-defined]
             raise
+
+    def _cancel(self, request_id: int) -> None:
+        """Cancel a call and wait for its end, so that nothing of it comes later."""
+        self.client.post(api.Cancel(request_id=request_id))
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while time.monotonic() < deadline:
+            event = self.client.receive(0.1)
+            if event is None:
+                continue
+            message = event.message
+            if (
+                isinstance(message, api.Done | api.Finished | api.CallFailed)
+                and message.request_id == request_id
+            ):
+                return
 
     def _open(self, options: SessionOptions) -> api.ModelOpened:
         opened: list[api.ModelOpened] = []

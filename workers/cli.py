@@ -7,7 +7,6 @@ one line; exit codes are 0, 1 for an error, 2 for usage, 130 when interrupted.
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import socket
 import sys
@@ -15,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-from engine.cluster.join_token import JoinToken
+from engine.cluster.join_token import NODE_NAME, JoinToken
 from engine.cluster.security import new_key_pair
+from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
 from workers.daemon import RUNNER_PORTS, Worker
-from workers.telemetry import address_that_reaches
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +39,7 @@ def worker() -> None:
 
 @app.command()
 def run(
-    name: Annotated[str | None, typer.Option(help="How the desk calls this node.")] = None,
+    name: Annotated[str | None, typer.Option(help="What this node is called.")] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on. Default: the one that leads outside.")
     ] = None,
@@ -58,12 +57,15 @@ def run(
 
 
 def _serve(name: str, host: str | None, port: int) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name) or re.match(
-        r"(this|local-\d+)$", name
-    ):
+    if not NODE_NAME.fullmatch(name):
         raise ConfigError(
             f"--name {name!r} cannot be used: up to 63 letters, digits, '.', '_' or '-', and not "
-            "this or local-N, which are the desk's own"
+            "this or local-N, which are taken"
+        )
+    if host in ("0.0.0.0", "::", "*"):
+        raise ConfigError(
+            f"--host {host} is no address that another computer can connect to; give the one of "
+            "the network they share"
         )
     address = host or address_that_reaches(ELSEWHERE)
     guest = new_key_pair()

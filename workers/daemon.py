@@ -31,7 +31,7 @@ from engine.cluster.processes import (
 )
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.transport import Channel, listen, new_local_endpoint
-from engine.errors import EngineError, ProtocolError, WorkerLost
+from engine.errors import EngineError, WorkerLost
 from workers.telemetry import Meter, list_devices
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,8 @@ class Worker:
 
     def _handle(self, message: m.Message, route: bytes) -> None:
         if isinstance(message, m.Shutdown):
+            if route != self._route:
+                return  # Another host's, which is not served.
             self._end_runners()
             if not self._has_lease:
                 self._should_end.set()
@@ -180,9 +182,12 @@ class Worker:
     def _start_runner(self, message: m.StartRunner) -> None:
         known = {info.device for info in list_devices(self.name)}
         if message.device not in known:
-            raise ProtocolError(f"this node has no device {message.device!r}")
-        if message.device in self._runners:
-            raise ProtocolError(f"{message.device} has a runner already")
+            cause = f"this node has no device {message.device!r}"
+            self._send(m.RunnerExited(device=message.device, pid=0, cause=cause))
+            return
+        old = self._runners.pop(message.device, None)
+        if old is not None:  # A host that came back knows nothing of it.
+            old.end(0)
         settings: dict[str, Any] = {}
         if self._runner_ports is None:
             address = message.listen_address or "127.0.0.1"
@@ -197,7 +202,10 @@ class Worker:
             "engine.cluster.runner_process",
             ["shardmix-runner", message.device],
             Greeting(self._host_key.decode("ascii"), settings),
-            environment={"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", OMP_SPINS)},
+            environment={
+                "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", OMP_SPINS),
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # As the driver numbers GPUs in list_devices.
+            },
             on_exit=self._on_runner_exit,
         )
         self._runners[message.device] = child
@@ -215,8 +223,7 @@ class Worker:
         try:
             address = child.address(RUNNER_START_SECONDS)
         except WorkerLost as error:
-            if not child.is_ending:
-                self._events.put(m.RunnerExited(device=device, pid=child.pid, cause=str(error)))
+            self._events.put(m.RunnerExited(device=device, pid=child.pid, cause=str(error)))
             return
         control, exchange = address.endpoints
         self._events.put(
@@ -253,7 +260,7 @@ class Worker:
         if self._route:
             try:
                 self._control.send(message, route=self._route)
-            except zmq.ZMQError as error:
+            except WorkerLost as error:
                 logger.info("the engine host takes no messages: %s", error)
 
     def _end_runners(self) -> None:

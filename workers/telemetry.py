@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,18 +72,10 @@ def _list_gpus(node_name: str) -> list[DeviceInfo]:
                 )
             )
         return devices
+    except pynvml.NVMLError:
+        return []  # A driver that does not answer offers no GPU; the CPU stays.
     finally:
         pynvml.nvmlShutdown()
-
-
-def address_that_reaches(host: str) -> str:
-    """This computer's address on the way to another; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
 
 
 class Meter:

@@ -7,6 +7,7 @@ only `report_lost` may be called from another.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import zmq.utils.monitor
 from engine.cluster import messages as m
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
-from engine.errors import EngineError, ProtocolError, WorkerLost, error_by_name
+from engine.errors import Cancelled, EngineError, ProtocolError, WorkerLost, error_by_name
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
 
@@ -134,7 +135,7 @@ class Coordinator:
         """Know no runner yet."""
         self._context = context
         self._links: dict[str, _Link] = {}
-        self._lost: deque[tuple[str, str]] = deque()
+        self._lost: deque[tuple[bytes, str]] = deque()
         self._wake_receiver = context.socket(zmq.PULL)
         endpoint = f"inproc://coordinator-{id(self)}"
         self._wake_receiver.bind(endpoint)
@@ -149,14 +150,15 @@ class Coordinator:
         """The plan in force."""
         return self._request.plan if self._request is not None else None
 
-    def report_lost(self, device: str, cause: str) -> None:
-        """A worker says that a runner ended. Any one thread besides the owner."""
-        self._lost.append((device, cause))
+    def report_lost(self, public_key: bytes, cause: str) -> None:
+        """A worker says that the runner with a key ended. Any one thread besides the owner."""
+        self._lost.append((public_key, cause))
         self.wake()
 
     def wake(self) -> None:
         """Make a waiting `step` ask whether to go on. The same thread as `report_lost`."""
-        self._wake_sender.send(b"")
+        with contextlib.suppress(zmq.Again):  # Enough unread wakes do as well as one more.
+            self._wake_sender.send(b"", zmq.DONTWAIT)
 
     def load(
         self,
@@ -173,8 +175,8 @@ class Coordinator:
         Returns: bytes of weights in memory, by device.
         Raises: WorkerLost, EngineError: a device could not take its share.
         """
-        self._request = None
         self._connect(runners)
+        self._request = request
         plan = request.plan
         used = [plan.devices[i] for i in plan.used_devices()]
         addresses = {runner.device: runner for runner in runners}
@@ -201,20 +203,20 @@ class Coordinator:
                 tensors=request.tensors,
                 peers=peers,
             )
-            self._links[device].channel.send(load)
+            self._send(device, load)
         loaded: dict[str, int] = {}
-        self._request = request
         try:
             last_word = time.monotonic()
             while len(loaded) < len(used):
                 if should_stop():
-                    raise WorkerLost("loading was given up")
+                    raise Cancelled("loading was cancelled; no plan is in force now")
                 for device, received in self._receive(0.25):
                     last_word = time.monotonic()
                     self._take_load_message(device, received, request, loaded, on_progress)
                 if time.monotonic() - last_word > LOAD_SILENCE_SECONDS:
-                    silent = ", ".join(d for d in used if d not in loaded)
-                    raise WorkerLost(f"{silent} said nothing for {LOAD_SILENCE_SECONDS:.0f} s")
+                    silent = next(d for d in used if d not in loaded)
+                    cause = f"it said nothing for {LOAD_SILENCE_SECONDS:.0f} s while loading"
+                    raise self._lost_error(silent, cause)
         except EngineError:
             self.abort()
             raise
@@ -239,7 +241,7 @@ class Coordinator:
         used = plan.used_devices()
         for index in used:
             tensors = [embeddings] if embeddings is not None and index in first_group else []
-            self._links[plan.devices[index]].channel.send(step, tensors)
+            self._send(plan.devices[index], step, tensors)
         return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
@@ -248,9 +250,7 @@ class Coordinator:
         plan = self._request.plan
         devices = [plan.devices[i] for i in plan.group(plan.shape.head_row)]
         for device in devices:
-            self._links[device].channel.send(
-                m.FetchLogits(epoch=self._request.epoch, step_id=step_id)
-            )
+            self._send(device, m.FetchLogits(epoch=self._request.epoch, step_id=step_id))
         return self._gather(devices, step_id, lambda: False)
 
     def check(self) -> None:
@@ -294,7 +294,6 @@ class Coordinator:
                 self._links[device] = link
                 self._poller.register(link.channel.socket, zmq.POLLIN)
                 self._poller.register(link.monitor, zmq.POLLIN)
-        self._lost.clear()
 
     def _receive(self, timeout_seconds: float) -> list[tuple[str, Any]]:
         """Messages that are there, after waiting for the first.
@@ -306,9 +305,10 @@ class Coordinator:
             while self._wake_receiver.poll(0):
                 self._wake_receiver.recv()
         while self._lost:
-            device, cause = self._lost.popleft()
-            if device in self._links:
-                raise self._lost_error(device, cause)
+            public_key, cause = self._lost.popleft()
+            for device, link in self._links.items():
+                if link.address.public_key == public_key:
+                    raise self._lost_error(device, cause)
         messages: list[tuple[str, Any]] = []
         for device, link in self._links.items():
             if link.channel.socket in ready:
@@ -327,8 +327,8 @@ class Coordinator:
     def _wait_for_cause(self, device: str) -> str:
         deadline = time.monotonic() + CAUSE_SECONDS
         while time.monotonic() < deadline:
-            for lost, cause in list(self._lost):
-                if lost == device:
+            for public_key, cause in list(self._lost):
+                if public_key == self._links[device].address.public_key:
                     return cause
             self._wake_receiver.poll(50)
         return "it no longer answers (frozen, or its connection is cut)"
@@ -363,7 +363,11 @@ class Coordinator:
                     raise self._lost_error(silent, f"no answer in {STEP_SECONDS:.0f} s")
                 for device, received in self._receive(min(remaining, 1.0)):
                     message = received.message
-                    if isinstance(message, m.Failed) and message.epoch == epoch:
+                    if (
+                        isinstance(message, m.Failed)
+                        and message.epoch == epoch
+                        and message.step_id in (0, step_id)
+                    ):
                         error = error_by_name(message.error, f"{device}: {message.message}")
                         raise error
                     if isinstance(message, m.StepAnswer) and (message.epoch, message.step_id) == (
@@ -377,6 +381,14 @@ class Coordinator:
             self.abort()
             raise
         return [answers[device] for device in devices]
+
+    def _send(self, device: str, message: m.Message, tensors: Sequence[m.Array] = ()) -> None:
+        """Send to a runner; one that takes nothing ends the plan."""
+        try:
+            self._links[device].channel.send(message, tensors)
+        except WorkerLost as error:
+            self.abort()
+            raise self._lost_error(device, str(error)) from error
 
     def _abort_step(self, devices: list[str], step_id: int) -> None:
         assert self._request is not None
@@ -404,7 +416,7 @@ class Coordinator:
                 start=message.start,
                 end=message.end,
             )
-            self._links[device].channel.send(answer, [data])
+            self._send(device, answer, [data])
         elif isinstance(message, m.LoadProgress):
             on_progress(device, message.done_bytes, message.total_bytes)
         elif isinstance(message, m.Loaded):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.cluster.messages import Array, HandOver, expect_tensor
 from engine.cluster.transport import Channel
-from engine.errors import ProtocolError, WorkerLost
+from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.plan.plan import Plan
 
 Activations = NDArray[np.float32]
@@ -138,6 +138,7 @@ class Exchange:
             rows: tokens that cross.
         Returns: the residual stream at the next row, or None without a share there.
         Raises:
+            EngineError: the partial sum does not fit the wire format.
             ProtocolError: a peer sent something else than the plan says.
             WorkerLost: a peer said nothing for too long.
         """
@@ -148,6 +149,11 @@ class Exchange:
             assert partial is not None
             started = time.perf_counter_ns()
             own = to_wire(partial, self.plan.wire)
+            if self.plan.wire == "float16" and np.isinf(own).any():
+                raise EngineError(
+                    f"{self.plan.shape.row_name(row)} gives numbers past 65,504, the largest that "
+                    "float16 holds; use wire float32 or bfloat16"
+                )
             self._send(step_id, row, table, x, own)
             self.counters.serialise_ns += time.perf_counter_ns() - started
         if not table.receives:

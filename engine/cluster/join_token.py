@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+import struct
 
 import msgspec
+import zmq.utils.z85
 
 from engine.cluster.security import KeyPair
 from engine.errors import PeerRefused
 
 PREFIX = "shardmix1-"
+NODE_NAME = re.compile(r"(?!(?:this|local-\d+)$)[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -48,8 +52,14 @@ def decode_token(line: str) -> JoinToken:
             raise ValueError
         body = text[len(PREFIX) :]
         raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
-        return msgspec.msgpack.decode(raw, type=JoinToken)
-    except (ValueError, binascii.Error, msgspec.DecodeError):
+        token = msgspec.msgpack.decode(raw, type=JoinToken)
+        keys = (token.public_key, token.guest.public, token.guest.secret)
+        if not all(len(key) == 40 and len(zmq.utils.z85.decode(key)) == 32 for key in keys):
+            raise ValueError
+        if not NODE_NAME.fullmatch(token.name) or not token.endpoint.startswith("tcp://"):
+            raise ValueError
+        return token
+    except (ValueError, KeyError, struct.error, binascii.Error, msgspec.DecodeError):
         raise PeerRefused(
             f"{text[:20]!r}… is not a join token ({PREFIX}…); copy the whole line that "
             "`shardmix-worker run` prints on the other computer"

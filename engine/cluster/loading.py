@@ -20,8 +20,9 @@ from engine.kernels.matrices import Matrix
 from engine.model.shard import ModelShard, RawBytes, SliceKey, WeightKey, WeightStore
 from engine.weights.formats import format_named, num_bytes
 
-REQUESTS_UNDER_WAY = 8
-CHUNK_BYTES = 8 << 20
+# Small enough that a link of some Mbit/s carries one within the time of a few heartbeats.
+REQUESTS_UNDER_WAY = 4
+CHUNK_BYTES = 512 << 10
 PROGRESS_SECONDS = 0.1
 
 

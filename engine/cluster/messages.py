@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import PeerRefused, ProtocolError
+from engine.errors import PeerRefused, PromptError, ProtocolError
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
@@ -25,17 +25,20 @@ from engine.weights.formats import TensorInfo
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
+MAX_RANK = 8
+MAX_DIMENSION = 1 << 40
 # Raw logits in the short form of an answer, per position and vocabulary shard.
 TOP_LOGITS = 256
 
 Array = npt.NDArray[Any]
-WireDtype = Literal["float32", "bfloat16", "float16", "uint8", "int64"]
+WireDtype = Literal["float32", "bfloat16", "float16", "float64", "uint8", "int64"]
 
 # numpy has no bfloat16; its bits travel as uint16.
 NUMPY_TYPES: dict[str, npt.DTypeLike] = {
     "float32": np.float32,
     "bfloat16": np.uint16,
     "float16": np.float16,
+    "float64": np.float64,
     "uint8": np.uint8,
     "int64": np.int64,
 }
@@ -55,8 +58,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     @property
     def num_bytes(self) -> int:
-        """Size by unbounded integers; negative dimensions give a number no frame can match."""
-        if any(size < 0 for size in self.shape):
+        """Size by unbounded integers; a shape that is none gives a number no frame can match."""
+        if len(self.shape) > MAX_RANK or any(not 0 <= n <= MAX_DIMENSION for n in self.shape):
             return -1
         return math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.dtype]).itemsize
 
@@ -227,7 +230,7 @@ class LogitsWanted(Message, frozen=True):
     Attributes:
         form: "top" sends the largest raw logits, log-sum-exp figures and `ids`; "full" all.
         ids: per logits position, token ids whose raw logits the sampler needs besides.
-        temperatures: per logits position, the temperature of the second log-sum-exp.
+        temperatures: per logits position, the temperature of the log-sum-exp; 0 needs none.
     """
 
     form: Literal["top", "full"]
@@ -253,8 +256,9 @@ class StepAnswer(Message, frozen=True):
     """What one device did in a step.
 
     Tensors, for a device with a share of the head and N positions that need logits:
-        "top": int64 [N, K] ids, float32 [N, K] raw logits, float32 [N, 2] log-sum-exp at
-        temperature 1 and at the request's, then float32 [M] the asked ids of this shard in order.
+        "top": int64 [N, K] ids, float32 [N, K] raw logits, float64 [N] log-sum-exp at the
+        request's temperature without the asked ids (0 for greedy requests), then float32 [M] the
+        asked ids of this shard in order.
         "full": float32 [N, shard rows].
     """
 
@@ -288,11 +292,16 @@ class AbortStep(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """A request could not be served; `error` is a class name of engine.errors."""
+    """A request could not be served; `error` is a class name of engine.errors.
+
+    Attributes:
+        step_id: of the step that failed; 0 where it was no step.
+    """
 
     epoch: int
     error: str
     message: str
+    step_id: int = 0
 
 
 # ---- runner -> runner ------------------------------------------------------------------------
@@ -337,12 +346,24 @@ class Codec(Generic[M]):
 
         Args:
             tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
+        Raises: PromptError: the header is too large, or has text that is not Unicode.
         """
         specs = tuple(
             TensorSpec("bfloat16" if a.dtype == np.uint16 else a.dtype.name, a.shape)  # type: ignore[arg-type]
             for a in tensors
         )
-        return [self._encoder.encode((PROTOCOL_VERSION, message, specs)), *tensors]
+        try:
+            header = self._encoder.encode((PROTOCOL_VERSION, message, specs))
+        except UnicodeEncodeError:
+            raise PromptError(
+                "the text has characters that are not Unicode (bytes that are not UTF-8?); remove them"
+            ) from None
+        if len(header) > MAX_HEADER_BYTES:
+            raise PromptError(
+                f"the request is {len(header):,} bytes, at most {MAX_HEADER_BYTES:,} are taken. "
+                "Shorten it"
+            )
+        return [header, *tensors]
 
     def decode(self, frames: Sequence[Any]) -> tuple[M, list[Array]]:
         """The message and its tensors as read-only views of the frames.
@@ -400,7 +421,10 @@ def read_tensor(spec: TensorSpec, frame: Any) -> Array:
             f"tensor says {list(spec.shape)} {spec.dtype} = {spec.num_bytes:,} bytes, "
             f"part has {view.nbytes:,}"
         )
-    return np.frombuffer(view, dtype=NUMPY_TYPES[spec.dtype]).reshape(spec.shape)
+    try:
+        return np.frombuffer(view, dtype=NUMPY_TYPES[spec.dtype]).reshape(spec.shape)
+    except ValueError as error:  # Nothing in it, and dimensions no array can have.
+        raise ProtocolError(f"tensor says {list(spec.shape)}: {error}") from error
 
 
 def expect_tensor(array: Array, dtype: str, shape: tuple[int, ...], what: str) -> Array:

@@ -114,7 +114,13 @@ class Child:
         if not line:
             self._waiter.join(2)
             raise WorkerLost(f"{self.name} ended at its start: {self.cause()}")
-        return msgspec.json.decode(line, type=Address)
+        try:
+            return msgspec.json.decode(line, type=Address)
+        except msgspec.DecodeError:
+            self.end(0)
+            raise WorkerLost(
+                f"{self.name} said {line[:80]!r} instead of where it listens"
+            ) from None
 
     def cause(self) -> str:
         """Why the process ended, in one line: exit code or signal, and its last words."""

@@ -7,6 +7,7 @@ answers. It is started by a worker, trusts the keys it is told, and ends with it
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
 import time
@@ -22,7 +23,7 @@ from engine.cluster.loading import Loader
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.cluster.transport import Channel, connect, listen
-from engine.errors import EngineError, ProtocolError
+from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
 from engine.model.shard import ModelShard, WeightKey
 
@@ -94,7 +95,7 @@ class Runner:
             try:
                 received = self._next(0.25)
             except EngineError as error:
-                self._fail(error)
+                self._fail(error, None)
                 continue
             if received is None:
                 continue
@@ -106,9 +107,9 @@ class Runner:
             except _AbortedError:
                 logger.info("step given up")
             except EngineError as error:
-                self._fail(error)
+                self._fail(error, message)
             except torch.OutOfMemoryError as error:
-                self._fail(EngineError(f"out of memory on {self.device}: {error}"))
+                self._fail(EngineError(f"out of memory on {self.device}: {error}"), message)
 
     def close(self) -> None:
         """Release sockets."""
@@ -133,9 +134,16 @@ class Runner:
     def _send(self, message: m.Message, tensors: list[m.Array] | None = None) -> None:
         self._control.send(message, tensors or [], self._route)
 
-    def _fail(self, error: EngineError) -> None:
+    def _fail(self, error: EngineError, cause: m.Message | None) -> None:
+        """Tell the engine host that what it asked for cannot be done."""
         logger.warning("%s: %s", type(error).__name__, error)
-        self._send(m.Failed(epoch=self._epoch, error=type(error).__name__, message=str(error)))
+        epoch = getattr(cause, "epoch", self._epoch)
+        step_id = cause.step_id if isinstance(cause, m.Step | m.FetchLogits) else 0
+        failed = m.Failed(
+            epoch=epoch, step_id=step_id, error=type(error).__name__, message=str(error)
+        )
+        with contextlib.suppress(WorkerLost):  # The engine host may be what is gone.
+            self._send(failed)
 
     def _handle(self, message: m.Message, tensors: list[m.Array]) -> None:
         if isinstance(message, m.Load):
@@ -328,6 +336,9 @@ class Runner:
                 partial = shard.part(row, x, batch)
                 if row == last_row:
                     x, partial = x[logit_rows], partial[logit_rows]
+                if not table.is_local:
+                    # To the exchange's memory; on a GPU this waits until it has computed.
+                    x, partial = x.cpu(), partial.cpu()
                 counters.compute_ns += time.perf_counter_ns() - started
             if row == last_row:
                 rows = len(logit_rows)
@@ -341,8 +352,8 @@ class Runner:
                 handed = exchange.hand_over(
                     step.step_id,
                     row,
-                    None if x is None else x.cpu().numpy(),
-                    None if partial is None else partial.cpu().numpy(),
+                    None if x is None else x.numpy(),
+                    None if partial is None else partial.numpy(),
                     rows,
                 )
                 x = None if handed is None else self._to_device(handed)

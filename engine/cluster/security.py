@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -44,18 +43,9 @@ class Gatekeeper:
     Must be started before the first socket that listens, and closed before the context.
     """
 
-    def __init__(
-        self,
-        context: zmq.Context[Any],
-        on_refused: Callable[[str, str, str], None] | None = None,
-    ) -> None:
-        """Bind the handler and start its thread.
-
-        Args:
-            on_refused: called from the handler's thread with (domain, address, public key).
-        """
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        """Bind the handler and start its thread."""
         self._allowed: dict[str, frozenset[bytes]] = {}
-        self._on_refused = on_refused
         self._lock = threading.Lock()
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
@@ -104,7 +94,5 @@ class Gatekeeper:
             shown = key.decode("ascii") or mechanism.decode("ascii", "replace")
             where = address.decode("ascii", "replace")
             logger.warning("refused %s on %s: key %s is not on its list", where, domain, shown)
-            if self._on_refused is not None:
-                self._on_refused(domain, where, shown)
             reply = [version, request_id, b"400", b"key is not on the allow list", b"", b""]
         self._socket.send_multipart(reply)

@@ -31,27 +31,24 @@ def check_wanted(wanted: LogitsWanted, count: int) -> None:
 
 
 def short_form(logits_NV: Tensor, wanted: LogitsWanted, first_id: int) -> list[Array]:
-    """The largest logits, their log-sum-exp figures, and the ids asked for.
+    """The largest logits, the log-sum-exp of what was not asked for, and the ids asked for.
 
     Args:
         logits_NV: raw logits of the shard's vocabulary rows, from `first_id` on.
         wanted: checked by `check_wanted`.
-    Returns: int64 [N, K], float32 [N, K], float32 [N, 2], float32 [M].
+    Returns: int64 [N, K], float32 [N, K], float64 [N], float32 [M].
     """
     count, rows = logits_NV.shape
     values, ids = torch.topk(logits_NV, min(TOP_LOGITS, rows), dim=-1)
-    log_sums = torch.zeros(count, 2, dtype=torch.float32)
+    log_sums = torch.zeros(count, dtype=torch.float64)
+    own = [[i - first_id for i in a if first_id <= i < first_id + rows] for a in wanted.ids]
     for n, temperature in enumerate(wanted.temperatures):
-        if temperature:  # A greedy choice needs no sums.
-            row = logits_NV[n].double()
-            log_sums[n, 0] = torch.logsumexp(row, 0)
-            log_sums[n, 1] = torch.logsumexp(row / temperature, 0)
-    asked = [
-        logits_NV[n, i - first_id]
-        for n, asked_ids in enumerate(wanted.ids)
-        for i in asked_ids
-        if first_id <= i < first_id + rows
-    ]
+        if temperature:  # A greedy choice needs no sum.
+            scaled = logits_NV[n].double() / temperature
+            # The sampler adds these itself, changed: taking them out again would cancel digits.
+            scaled[own[n]] = -torch.inf
+            log_sums[n] = torch.logsumexp(scaled, 0)
+    asked = [logits_NV[n, i] for n, ids_of_n in enumerate(own) for i in ids_of_n]
     asked_values = torch.stack(asked) if asked else logits_NV.new_empty(0)
     return [
         (ids + first_id).cpu().numpy(),

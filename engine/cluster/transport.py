@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket as socket_module
 import sys
 import tempfile
 import uuid
@@ -52,8 +53,16 @@ def new_local_endpoint() -> str:
     return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
 
 
-def _prepare(socket: zmq.Socket[Any]) -> None:
+def _prepare(socket: zmq.Socket[Any], is_watched: bool) -> None:
     socket.linger = 0
+    if socket.type == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # An answer nobody takes is an error.
+    if not is_watched:
+        # A reader that pauses must lose nothing, and is not dead: libzmq stops reading at a high
+        # water mark, and would take the missing heartbeats for a lost connection.
+        socket.sndhwm = socket.rcvhwm = 0
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        return
     socket.sndhwm = 1000
     socket.rcvhwm = 1000
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -63,17 +72,24 @@ def _prepare(socket: zmq.Socket[Any]) -> None:
 
 
 def listen(
-    context: zmq.Context[Any], kind: int, keys: KeyPair, domain: str, endpoint: str
+    context: zmq.Context[Any],
+    kind: int,
+    keys: KeyPair,
+    domain: str,
+    endpoint: str,
+    *,
+    is_watched: bool = True,
 ) -> tuple[zmq.Socket[Any], str]:
     """Bind a socket that lets in the peers on the gatekeeper's list for `domain`.
 
     Args:
         endpoint: "ipc://…", or "tcp://ADDRESS:PORT" where PORT may be "*" or "FIRST-LAST".
+        is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket)
+    _prepare(socket, is_watched)
     socket.curve_server = True  # Must be set before bind.
     socket.curve_secretkey = keys.secret
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
@@ -101,23 +117,43 @@ def _port_range(endpoint: str) -> list[str]:
 
 
 def connect(
-    context: zmq.Context[Any], kind: int, keys: KeyPair, server_key: bytes, endpoint: str
+    context: zmq.Context[Any],
+    kind: int,
+    keys: KeyPair,
+    server_key: bytes,
+    endpoint: str,
+    *,
+    is_watched: bool = True,
 ) -> zmq.Socket[Any]:
     """Connect to a listening socket whose public key is known.
 
-    Raises: ProtocolError: the endpoint is not one.
+    Args:
+        is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
+    Raises: ProtocolError: the endpoint or the key is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket)
-    socket.curve_publickey = keys.public
-    socket.curve_secretkey = keys.secret
-    socket.curve_serverkey = server_key
+    _prepare(socket, is_watched)
     try:
+        socket.curve_publickey = keys.public
+        socket.curve_secretkey = keys.secret
+        socket.curve_serverkey = server_key
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(linger=0)
-        raise ProtocolError(f"cannot connect to {endpoint!r}: {error.strerror}") from error
+        raise ProtocolError(
+            f"cannot connect to {endpoint[:100]!r}: address or key is wrong ({error.strerror})"
+        ) from error
     return socket
+
+
+def address_that_reaches(host: str) -> str:
+    """This computer's address on the way to another; no packet is sent."""
+    with socket_module.socket(socket_module.AF_INET, socket_module.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # UDP only chooses a route.
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 class Channel(Generic[M]):
@@ -135,7 +171,9 @@ class Channel(Generic[M]):
         Args:
             route: on a ROUTER, whom to send to.
         Returns: bytes of all frames, the route not counted.
-        Raises: WorkerLost: the peer has read nothing for a thousand messages, or refused us.
+        Raises:
+            WorkerLost: the peer is gone, refused us, or has read nothing for a thousand messages.
+            PromptError, ProtocolError: the message is too large, or has text that is not Unicode.
         """
         frames = self._codec.encode(message, tensors)
         # Small frames are cheaper to copy than to track.
@@ -143,7 +181,7 @@ class Channel(Generic[M]):
         parts = [route, *frames] if self._is_router else frames
         try:
             self.socket.send_multipart(parts, zmq.DONTWAIT, copy=size < 65536)
-        except zmq.Again:
+        except zmq.ZMQError:
             raise WorkerLost(
                 f"{type(message).__name__} cannot be sent: the other end takes no messages"
             ) from None

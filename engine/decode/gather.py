@@ -78,7 +78,7 @@ def _shards(
     what = f"logits of {plan.devices[index]}"
     m.expect_tensor(ids, "int64", (num_positions, width), what)
     m.expect_tensor(values, "float32", (num_positions, width), what)
-    m.expect_tensor(log_sums, "float32", (num_positions, 2), what)
+    m.expect_tensor(log_sums, "float64", (num_positions,), what)
     m.expect_tensor(asked_values, "float32", (sum(len(o) for o in own),), what)
     if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
         raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
@@ -91,7 +91,7 @@ def _shards(
                 ids[position],
                 values[position],
                 dict(zip(own_ids, asked_values[at:stop].tolist(), strict=True)),
-                float(log_sums[position, 1]),
+                float(log_sums[position]),
                 width == end - first,
             )
         )

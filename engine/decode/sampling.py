@@ -54,7 +54,8 @@ class Candidates:
         ids: int64, unique.
         logits: float64, raw, in the order of `ids`.
         floor: no token outside `ids` has a larger raw logit; -inf when there is none outside.
-        log_sum: log of the sum of exp(logit / temperature) over the whole vocabulary.
+        log_sum: log of the sum of exp(logit / temperature) over all tokens that the repetition
+            penalty leaves alone.
     """
 
     ids: NDArray[np.int64]
@@ -70,7 +71,7 @@ class ShardLogits:
     Attributes:
         ids, logits: its largest raw logits, descending.
         asked: raw logits of the ids it was asked for.
-        log_sum: over the shard, at the request's temperature.
+        log_sum: over the shard without `asked`, at the request's temperature.
         is_whole: whether `ids` is the whole shard.
     """
 
@@ -122,8 +123,11 @@ def choose(
         repeated: ids that the repetition penalty lowers; all of them must be candidates unless
             the penalty is 1.
         noise: uniform in [0, 1).
-    Returns: the id, or None where tokens outside the candidates might matter.
+    Returns: the id, or None where tokens outside the candidates might matter, or where a logit is
+        not a finite number.
     """
+    if not np.isfinite(candidates.logits).all():
+        return None
     adjusted = _penalise(candidates, settings.repetition_penalty, repeated)
     order = np.lexsort((candidates.ids, -adjusted))
     ordered = adjusted[order]
@@ -142,7 +146,9 @@ def choose(
         is_all = True
     else:
         weights = np.exp(scaled - scaled[0])
-        total = weights.sum() if is_all else _total(candidates, adjusted, settings, scaled[0])
+        total = (
+            weights.sum() if is_all else _total(candidates, adjusted, settings, repeated, scaled[0])
+        )
         cumulative = np.cumsum(weights)[: None if is_all else num_known] / total
     if not cumulative.size:
         return None
@@ -183,13 +189,12 @@ def _total(
     candidates: Candidates,
     adjusted: NDArray[np.float64],
     settings: SamplingSettings,
+    repeated: Collection[int],
     scaled_max: float,
 ) -> float:
     """Sum of exp(adjusted / temperature - scaled_max) over the whole vocabulary."""
     total = math.exp(min(candidates.log_sum - scaled_max, 700.0))
-    changed = adjusted != candidates.logits
-    if changed.any():
-        before = candidates.logits[changed] / settings.temperature
-        after = adjusted[changed] / settings.temperature
-        total += float(np.sum(np.exp(after - scaled_max) - np.exp(before - scaled_max)))
+    if settings.repetition_penalty != 1 and repeated:
+        is_repeated = np.isin(candidates.ids, np.fromiter(repeated, dtype=np.int64))
+        total += float(np.exp(adjusted[is_repeated] / settings.temperature - scaled_max).sum())
     return total

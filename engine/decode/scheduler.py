@@ -39,8 +39,8 @@ LONE_PIECE_SECONDS = 0.5
 FIRST_PIECE = 32
 MIN_PIECE = 8
 MAX_PIECE = 1024
-# Full logits travel in one message: 64 rows of a vocabulary of 128 k are 32 MB.
-MAX_LOGITS_PIECE = 64
+# Full logits travel in one message: 16 rows of a vocabulary of 128 k are 8 MB.
+MAX_LOGITS_PIECE = 16
 REPORT_SECONDS = 0.125
 
 
@@ -127,9 +127,9 @@ class Scheduler:
         self._coordinator.wake()
         self._commands.put(None)
 
-    def device_lost(self, device: str, cause: str) -> None:
-        """A worker says that a runner ended. Only the host's main thread."""
-        self._coordinator.report_lost(device, cause)
+    def runner_lost(self, public_key: bytes, cause: str) -> None:
+        """A worker says that the runner with a key ended. Only the host's main thread."""
+        self._coordinator.report_lost(public_key, cause)
         self._commands.put(None)
 
     def close(self) -> None:
@@ -151,6 +151,10 @@ class Scheduler:
                     self._work()
                 except EngineError as error:
                     self._plan_lost(error)
+                except Exception as error:
+                    logger.exception("while computing a step")
+                    self._coordinator.abort()
+                    self._plan_lost(EngineError(f"a step failed: {type(error).__name__}: {error}"))
         finally:
             self._coordinator.close()
 
@@ -207,11 +211,12 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         if not self._cancelled:
             return
+        cancelled = set(self._cancelled)
         for sequence in [*self._running, *self._waiting]:
-            if sequence.request_id in self._cancelled:
+            if sequence.request_id in cancelled:
                 sequence.cancel()
                 self._finish(sequence)
-        self._cancelled.clear()
+        self._cancelled -= cancelled  # Not clear(): another thread may have added one meanwhile.
 
     def _plan_lost(self, error: EngineError) -> None:
         self._load = None
@@ -351,20 +356,30 @@ class Scheduler:
                     fetched = self._coordinator.fetch_logits(self._step_id)
                     full = join_full_logits(plan, fetched, len(wanted))
                 token_id = choose(all_candidates(full[n]), sequence.settings, repeated, noise)
-            assert token_id is not None
-            sequence.accept(token_id)
+            if token_id is None:
+                error = EngineError(
+                    "the logits are not numbers: the weights are damaged, or the numbers too large "
+                    "for this dtype. Try --dtype float32, or another file"
+                )
+                self._listener.on_failed(sequence.request_id, error)
+                self._drop(sequence)
+            else:
+                sequence.accept(token_id)
 
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None
+        self._drop(sequence)
+        if self._load is not None:
+            self._listener.on_finished(sequence, self._load.plan)
+        else:
+            self._listener.on_failed(sequence.request_id, PlanError("no plan is in force"))
+
+    def _drop(self, sequence: Sequence) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
             self._operations.append(m.SlotOperation(action="free", slot=sequence.slot))
         else:
             self._waiting.remove(sequence)
-        if self._load is not None:
-            self._listener.on_finished(sequence, self._load.plan)
-        else:
-            self._listener.on_failed(sequence.request_id, PlanError("no plan is in force"))
 
     # ---- measuring ---------------------------------------------------------------------------
 

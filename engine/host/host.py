@@ -7,6 +7,7 @@ and preparing prompts happens in a third. Functions cross into the main thread b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -26,7 +27,7 @@ from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.decode.listener import Measured
 from engine.decode.scheduler import Scheduler
 from engine.decode.sequence import DeviceTotals, Sequence
-from engine.errors import Cancelled, EngineError, PlanError
+from engine.errors import Cancelled, EngineError, PlanError, WorkerLost
 from engine.host import messages as api
 from engine.host.nodes import THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
@@ -58,7 +59,7 @@ class EngineHost:
         self._gatekeeper = Gatekeeper(self._context)
         self._gatekeeper.allow("client", client_key)
         socket, self.endpoint = listen(
-            self._context, zmq.ROUTER, self.keys, "client", new_local_endpoint()
+            self._context, zmq.ROUTER, self.keys, "client", new_local_endpoint(), is_watched=False
         )
         self._client: Channel[Any] = Channel(socket, api.CALLS)
         self._routes: set[bytes] = set()
@@ -124,7 +125,8 @@ class EngineHost:
         self._soon.put(function)
         with self._wake_lock:
             if not self._wake_sender.closed:
-                self._wake_sender.send(b"")
+                with contextlib.suppress(zmq.Again):  # Enough unread wakes do as well as one more.
+                    self._wake_sender.send(b"", zmq.DONTWAIT)
 
     def _hear_clients(self) -> None:
         while True:
@@ -164,7 +166,8 @@ class EngineHost:
         else:
             if self._model is None:
                 raise PlanError("no model is open; open one first")
-            if self._plan is None and not self._application.is_active:
+            # While weights are on their way, the scheduler puts requests behind the plan.
+            if self._plan is None and not self._application.loading_devices:
                 raise PlanError("no plan is in force; apply one first")
             self._text_pool.submit(self._guard, call.request_id, self._submit, call)
 
@@ -178,7 +181,7 @@ class EngineHost:
     def _send(self, request_id: int, event: Message, tensors: list[Array] | None = None) -> None:
         route = self._calls.routes.get(request_id)
         if route is not None:
-            self._client.send(event, tensors or [], route)
+            self._tell(route, event, tensors or [])
 
     def _end(self, request_id: int, event: Message) -> None:
         self._send(request_id, event)
@@ -192,8 +195,14 @@ class EngineHost:
         self._end(request_id, event)
 
     def _broadcast(self, event: Message) -> None:
-        for route in self._routes:
-            self._client.send(event, route=route)
+        for route in list(self._routes):
+            self._tell(route, event, [])
+
+    def _tell(self, route: bytes, event: Message, tensors: list[Array]) -> None:
+        try:
+            self._client.send(event, tensors, route)
+        except WorkerLost:
+            self._routes.discard(route)
 
     # ---- text thread -------------------------------------------------------------------------
 
@@ -287,9 +296,9 @@ class EngineHost:
         self._call_soon(self._application.advance)
         self._nodes_at = 0.0
 
-    def _on_runner_lost(self, device: str, cause: str) -> None:
+    def _on_runner_lost(self, device: str, public_key: bytes, cause: str) -> None:
         self._application.runner_lost(device, cause)
-        self.scheduler.device_lost(device, cause)
+        self.scheduler.runner_lost(public_key, cause)
 
     def _send_nodes(self) -> None:
         self._nodes_at = time.monotonic()
@@ -328,8 +337,11 @@ class EngineHost:
 
         def tell() -> None:
             if self._application.end(request_id):
-                self._plan = None
                 self._nodes.drop_runner(error)
+                if self._plan is not None:
+                    # The plan before this one gave way when loading began.
+                    self._plan = None
+                    self._broadcast(api.PlanLost(message=str(error)))
             self._fail(request_id, error)
 
         self._call_soon(tell)

@@ -50,7 +50,9 @@ class AddNode(Message, frozen=True):
 class ApplyPlan(Message, frozen=True):
     """Put a plan in force: start runners, move weights, then answer requests with it.
 
-    Running answers pause and go on under the new plan. Ends in `PlanApplied`, then `Done`.
+    Running answers pause and go on under the new plan. Ends in `PlanApplied`, then `Done`. Once
+    weights are on their way the plan before is given up: if loading fails or is cancelled then,
+    `PlanLost` comes before `CallFailed`.
     """
 
     request_id: int

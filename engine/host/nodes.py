@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import zmq
 
@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 WORKER_START_SECONDS = 30.0
 HELLO_SECONDS = 1.0
-# A worker's telemetry comes every second; a longer silence of a remote one is a lost connection.
+# A worker's telemetry comes every second; a longer silence is a lost connection, or a frozen worker.
 SILENCE_SECONDS = 5.0
+# A worker of this computer may be starved by what its runners compute.
+LOCAL_SILENCE_SECONDS = 10.0
 MAX_SIMULATED = 16
 SIMULATED_PREFIX = "local-"
 THIS_NODE = "this"
@@ -53,7 +55,7 @@ class Node:
         self.description: m.NodeDescription | None = None
         self.telemetry: m.Telemetry | None = None
         self.heard_at = time.monotonic()
-        self.runners: dict[str, tuple[RunnerAddress, str]] = {}
+        self.runners: dict[str, _Runner] = {}
         self.starting: dict[str, str] = {}
         self.channel: Channel[Any] | None = None
         self.child: Child | None = None
@@ -61,6 +63,14 @@ class Node:
     def devices(self) -> dict[str, m.DeviceInfo]:
         """Its devices by name; empty until it has said who it is."""
         return {d.device: d for d in self.description.devices} if self.description else {}
+
+
+class _Runner(NamedTuple):
+    """A runner that listens; `listen_address` is what it was asked to listen on."""
+
+    address: RunnerAddress
+    listen_address: str
+    pid: int
 
 
 class Nodes:
@@ -72,7 +82,7 @@ class Nodes:
         keys: KeyPair,
         call_soon: Callable[[Callable[[], None]], None],
         on_change: Callable[[], None],
-        on_runner_lost: Callable[[str, str], None],
+        on_runner_lost: Callable[[str, bytes, str], None],
     ) -> None:
         """Know nobody yet.
 
@@ -80,7 +90,7 @@ class Nodes:
             keys: the host's own; workers it starts let in its public half.
             call_soon: runs a function in the main thread.
             on_change: something a plan waits for may have happened.
-            on_runner_lost: (device, cause).
+            on_runner_lost: (device, the runner's public key or b"" if it never listened, cause).
         """
         self._context = context
         self._keys = keys
@@ -90,6 +100,7 @@ class Nodes:
         self._nodes: dict[str, Node] = {}
         self._hello_at = 0.0
         self._is_closing = False
+        self._enders: list[threading.Thread] = []
 
     # ---- adding ------------------------------------------------------------------------------
 
@@ -174,7 +185,7 @@ class Nodes:
             node.channel.send(message)
         except WorkerLost:
             # libzmq drops the connection for good when the other end refuses our key.
-            self._lose(node, "it refuses this desk; copy its join token again")
+            self._lose(node, "it does not let this computer in; copy its join token again")
 
     # ---- hearing -----------------------------------------------------------------------------
 
@@ -199,9 +210,11 @@ class Nodes:
                 node.heard_at = now
                 self._take(node, received.message)
                 changed = True
-            is_silent = now - node.heard_at > SILENCE_SECONDS
-            if node.kind == "remote" and node.state != "lost" and is_silent:
-                self._lose(node, f"no word for {SILENCE_SECONDS:.0f} s; is it on and connected?")
+            limit = SILENCE_SECONDS if node.kind == "remote" else LOCAL_SILENCE_SECONDS
+            if node.channel is not None and now - node.heard_at > limit:
+                self._lose(
+                    node, f"no word from its worker for {limit:.0f} s; is it frozen or cut off?"
+                )
                 changed = True
         if now - self._hello_at > HELLO_SECONDS:
             self._hello_at = now
@@ -212,6 +225,8 @@ class Nodes:
 
     def _take(self, node: Node, message: m.Message) -> None:
         if isinstance(message, m.NodeDescription):
+            # A worker that introduces itself again has forgotten this host and its runners.
+            self._forget_runners(node, "its worker started over")
             node.description = message
             node.state = "ready"
             self._on_change()
@@ -227,13 +242,16 @@ class Nodes:
                 message.public_key,
                 node.keys,
             )
-            node.runners[device] = (address, listen_address)
+            node.runners[device] = _Runner(address, listen_address, message.pid)
             self._on_change()
         elif isinstance(message, m.RunnerExited):
             device = self._own_name(node, message.device)
-            node.runners.pop(device, None)
-            node.starting.pop(device, None)
-            self._on_runner_lost(device, message.cause)
+            runner = node.runners.get(device)
+            if runner is not None and runner.pid == message.pid:
+                del node.runners[device]
+                self._on_runner_lost(device, runner.address.public_key, message.cause)
+            elif node.starting.pop(device, None) is not None:
+                self._on_runner_lost(device, b"", message.cause)
             self._on_change()
         elif isinstance(message, m.Failed):
             node.reason = message.message
@@ -247,10 +265,14 @@ class Nodes:
     def _on_worker_exit(self, child: Child) -> None:
         if child.is_ending:
             return
-        node = next((n for n in self._nodes.values() if n.child is child), None)
-        if node is not None:
-            cause = f"its worker ended: {child.cause()}"
-            self._call_soon(lambda: self._lose(node, cause))
+        cause = f"its worker ended: {child.cause()}"
+
+        def tell() -> None:
+            node = next((n for n in self._nodes.values() if n.child is child), None)
+            if node is not None:
+                self._lose(node, cause)
+
+        self._call_soon(tell)
 
     def _lose(self, node: Node, cause: str) -> None:
         if node.state == "lost":
@@ -260,12 +282,20 @@ class Nodes:
         if node.channel is not None:
             node.channel.close()
             node.channel = None
-        devices = [*node.runners, *node.starting]
+        if node.child is not None:  # It may live and be frozen; nobody else would end it.
+            self._enders.append(threading.Thread(target=node.child.end, args=(1.0,), daemon=True))
+            self._enders[-1].start()
+        self._forget_runners(node, cause)
+        self._on_change()
+
+    def _forget_runners(self, node: Node, cause: str) -> None:
+        runners, starting = dict(node.runners), dict(node.starting)
         node.runners.clear()
         node.starting.clear()
-        for device in devices:
-            self._on_runner_lost(device, cause)
-        self._on_change()
+        for device, runner in runners.items():
+            self._on_runner_lost(device, runner.address.public_key, cause)
+        for device in starting:
+            self._on_runner_lost(device, b"", cause)
 
     # ---- runners -----------------------------------------------------------------------------
 
@@ -291,7 +321,7 @@ class Nodes:
         kind = device.rpartition("/")[2]
         worker_name = f"{node.description.name}/{kind}"
         if device in node.runners:
-            if node.runners[device][1] == listen_address:
+            if node.runners[device].listen_address == listen_address:
                 return
             del node.runners[device]
             self._tell(node, m.StopRunner(device=worker_name))
@@ -324,7 +354,7 @@ class Nodes:
         node = self.node_of(device)
         if node is None or device not in node.runners:
             return None
-        return node.runners[device][0]
+        return node.runners[device].address
 
     def names(self) -> list[str]:
         """All nodes, in order of joining."""
@@ -390,5 +420,5 @@ class Nodes:
         enders = [threading.Thread(target=child.end, daemon=True) for child in children]
         for ender in enders:
             ender.start()
-        for ender in enders:
+        for ender in [*enders, *self._enders]:
             ender.join(4)

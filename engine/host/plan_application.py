@@ -7,8 +7,6 @@ happened to the nodes.
 
 from __future__ import annotations
 
-import re
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +15,11 @@ import zmq
 
 from engine.cluster.coordinator import LoadRequest, RunnerAddress
 from engine.cluster.messages import Message
-from engine.cluster.transport import Channel
+from engine.cluster.transport import Channel, address_that_reaches
 from engine.decode.scheduler import Scheduler
 from engine.errors import EngineError, PlanError
 from engine.host import messages as api
-from engine.host.nodes import SIMULATED_PREFIX, THIS_NODE, Nodes
+from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
 from engine.plan.plan import Plan, PlanShape
 
@@ -81,9 +79,8 @@ class PlanApplication:
         plan = call.plan.validate()
         if plan.shape != PlanShape.from_config(model.config):
             raise PlanError(
-                f"the plan is for another model ({plan.shape.num_layers} layers, "
-                f"{plan.shape.num_heads} heads), the open one has {model.config.num_layers} "
-                f"layers and {model.config.num_heads} heads. Make a plan for it"
+                f"the plan is for another model ({_sizes(plan.shape)}), the open one has "
+                f"{_sizes(PlanShape.from_config(model.config))}. Make a plan for it"
             )
         for index in plan.used_devices():
             self._require_node(plan.devices[index])
@@ -158,8 +155,8 @@ class PlanApplication:
             return
         if node is not None and node.kind == "remote":
             raise PlanError(f"{device} cannot take part: {node.reason}")
-        is_simulated = re.fullmatch(re.escape(SIMULATED_PREFIX) + r"[1-9]\d?", name)
-        if name != THIS_NODE and not is_simulated:
+        simulated = {f"{SIMULATED_PREFIX}{n}" for n in range(1, MAX_SIMULATED + 1)}
+        if name != THIS_NODE and name not in simulated:
             known = ", ".join(self._nodes.names())
             raise PlanError(
                 f"the plan uses {device}, but there is no node {name!r}; known are {known}. Add "
@@ -234,10 +231,13 @@ class PlanApplication:
 def _address_towards(channel: Channel[Any]) -> str:
     """This computer's address on the way to a remote worker."""
     endpoint = channel.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # Sends nothing: UDP only chooses a route.
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    return address_that_reaches(endpoint.removeprefix("tcp://").rpartition(":")[0])
+
+
+def _sizes(shape: PlanShape) -> str:
+    """What a plan must share with its model."""
+    return (
+        f"{shape.num_layers} layers, {shape.num_heads} heads on {shape.num_kv_heads}, MLP "
+        f"{shape.mlp_width} in quanta of {shape.mlp_quantum}, vocabulary {shape.vocab_size} in "
+        f"quanta of {shape.head_quantum}"
+    )

@@ -52,11 +52,10 @@ class MlpShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShare:
-    """A device's vocabulary rows of the output head, from `first_id` on."""
+    """A device's vocabulary rows of the output head."""
 
     norm: Tensor
     matrix: Matrix
-    first_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

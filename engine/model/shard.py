@@ -96,6 +96,9 @@ class WeightStore:
         for key in keys:
             if key in self._previous:
                 self.packed[key] = self._previous[key]
+        self._previous = dict[
+            WeightKey, Matrix | Tensor
+        ]()  # What only the old plan needed is freed before new weights come.
         return [key for key in keys if key not in self.packed]
 
     def pack(self, key: WeightKey, raw: list[RawBytes]) -> None:
@@ -193,7 +196,7 @@ class ModelShard:
             elif kind == "mlp":
                 self._shares[row] = MlpShare(norm=weights[0], gate_up=weights[1], down=weights[2])
             else:
-                self._shares[row] = HeadShare(norm=weights[0], matrix=weights[1], first_id=start)
+                self._shares[row] = HeadShare(norm=weights[0], matrix=weights[1])
 
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.

@@ -61,6 +61,7 @@ def short_form(
         part = logits[first:end]
         order = np.argsort(-part, kind="stable")[:top]
         scaled = part.astype(np.float64) / (temperature or 1.0)
+        scaled[[i - first for i in asked if first <= i < end]] = -np.inf
         shards.append(
             ShardLogits(
                 order.astype(np.int64) + first,
@@ -178,3 +179,22 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 def test_settings_that_break_a_rule_are_named(change: dict[str, float], words: str) -> None:
     with pytest.raises(PromptError, match=words):
         validate_sampling(SamplingSettings(**change))  # type: ignore[arg-type]
+
+
+def test_a_repeated_token_that_had_nearly_all_the_mass_cancels_no_digits() -> None:
+    """Bug: its share was subtracted from a sum that it made up almost alone."""
+    logits = np.full(VOCABULARY, -1.0, dtype=np.float32)
+    logits[7] = 30.0
+    sampling = SamplingSettings(temperature=0.2, top_p=0.9, repetition_penalty=30.0)
+    candidates = merge_shards(short_form(logits, [40], 60, 0.2, {7}))
+    for position in range(500):
+        noise = uniform(1, 0, position)
+        full = choose(all_candidates(logits), sampling, {7}, noise)
+        assert choose(candidates, sampling, {7}, noise) in (None, full)
+
+
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    logits = np.full(VOCABULARY, np.nan, dtype=np.float32)
+    for temperature in (0.0, 1.0):
+        sampling = SamplingSettings(temperature=temperature)
+        assert choose(all_candidates(logits), sampling, (), 0.5) is None

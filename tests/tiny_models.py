@@ -33,7 +33,7 @@ def save_tiny_llama(folder: Path, **changes: Any) -> LlamaForCausalLM:
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
             "tie_word_embeddings": False,
-            "initializer_range": 0.2,
+            "initializer_range": 0.1,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "attn_implementation": "eager",

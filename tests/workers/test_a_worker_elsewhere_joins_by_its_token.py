@@ -85,7 +85,9 @@ def test_a_token_with_another_key_is_not_let_in(
     save_tiny_llama(tmp_path)
     with Session(SessionOptions(model=str(tmp_path), nodes=(forged.encode(),))) as session:
         plan = single(PlanShape.from_config(session.model.config), "box/cpu")
-        with pytest.raises(EngineError, match="box/cpu cannot take part: it does not let this computer in"):
+        with pytest.raises(
+            EngineError, match="box/cpu cannot take part: it does not let this computer in"
+        ):
             session.apply(plan)
 
 

@@ -87,6 +87,11 @@ def _run(options: SessionOptions, work: Callable[[Session, ProgressDisplay], Non
     display = ProgressDisplay()
     try:
         with Session(options, display.show) as session:
+            for name in session.unused_nodes:
+                print(
+                    f"note: node {name} computes nothing: no plan names {name}/cpu (see --plan)",
+                    file=sys.stderr,
+                )
             work(session, display)
     except EngineError as error:
         display.stop()
@@ -128,12 +133,30 @@ def window(
                 "`pip install 'shardmix[app]'`, or use `shardmix chat`"
             )
         )
-    arguments = ["--demo-workers", str(demo_workers), "--dtype", dtype.value]
+    arguments = ["--dtype", dtype.value]
     if model is not None:
         arguments += ["--model", model]
-    command = [sys.executable, "-P", "-m", "app", *arguments]
+    if not _has_display():
+        print(
+            "no display found (DISPLAY and WAYLAND_DISPLAY are empty): chat starts in the terminal",
+            file=sys.stderr,
+        )
+        # The window calls them demo workers, the commands workers.
+        _become("engine.cli", ["chat", *arguments, "--workers", str(demo_workers)])
+    _become("app", [*arguments, "--demo-workers", str(demo_workers)])
+
+
+def _has_display() -> bool:
+    """Whether a window can be shown."""
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
+    return sys.platform != "linux" or any(os.environ.get(name) for name in names)
+
+
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Run another program in this one's place, so that what ends this one ends it."""
+    command = [sys.executable, "-P", "-m", module, *arguments]
     if os.name != "nt":
-        os.execv(sys.executable, command)  # What ends this command ends the window.
+        os.execv(command[0], command)
     process = subprocess.Popen(command)
     try:
         raise typer.Exit(process.wait())
@@ -148,9 +171,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens; 0: no limit.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.95,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.9,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
@@ -229,8 +252,8 @@ def logits(
 @app.command()
 def chat(
     model: ModelOption = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.95,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.9,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     workers: WorkersOption = 0,
     plan: PlanOption = None,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.client import EngineClient, Event
+from engine.cluster.join_token import decode_token
 from engine.cluster.messages import Message
 from engine.errors import ConfigError, EngineError
 from engine.host import messages as api
@@ -73,6 +74,10 @@ class Session:
             for token in options.nodes:
                 self._run(api.AddNode(request_id=self._id(), token=token))
             self.plan = _choose_plan(options, shape)
+            used = {self.plan.devices[i].rpartition("/")[0] for i in self.plan.used_devices()}
+            joined = [decode_token(token).name for token in options.nodes]
+            # For a person to be told: nodes that joined in vain.
+            self.unused_nodes = [name for name in joined if name not in used]
             self.apply(self.plan)
         except BaseException:
             self.client.close()

@@ -34,8 +34,8 @@ class ChatSettings:
     """How answers are made; the parameters panel edits this."""
 
     system_prompt: str = ""
-    temperature: float = 0.7
-    top_p: float = 0.95
+    temperature: float = 0.3
+    top_p: float = 0.9
     top_k: int = 0
     repetition_penalty: float = 1.0
     max_tokens: int = 0

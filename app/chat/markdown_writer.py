@@ -321,9 +321,8 @@ class MarkdownWriter:
                     code = self.code_format()
                     code.setBackground(self._theme.colour("raised"))
                     target.insertText(token.content, code)
-                case "softbreak":
-                    target.insertText(" ", chars)
-                case "hardbreak":
+                case "softbreak" | "hardbreak":
+                    # A model breaks lines where it means to: code without a fence, verse.
                     target.insertText("\u2028", chars)
                 case "strong_open":
                     chars.setFontWeight(QFont.Weight.Bold)

@@ -67,9 +67,9 @@ class SamplingSettings(Message, frozen=True):
         seed: None draws one, which `Finished` reports.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.3
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 0.9
     repetition_penalty: float = 1.0
     seed: int | None = None
 

@@ -41,9 +41,8 @@ RUNNER_START_SECONDS = 60.0
 # A frozen runner does not hear that it should end; it is killed after this, well before this
 # process must be gone itself.
 RUNNER_END_SECONDS = 1.0
-# Threads that wait for each other inside an operator spin for some 100 µs, then sleep. Sleeping
-# sooner costs a fifth of the decode speed on an idle machine; spinning as long as libgomp likes to
-# costs most of it on a busy one.
+# Threads that wait for each other inside an operator spin briefly, then sleep: sleeping at once
+# slows decoding on an idle machine, spinning as long as libgomp likes to slows it on a busy one.
 OMP_SPINS = "10000"
 # A remote host says Hello every second; without it, its runners must not keep memory for ever.
 LEASE_SECONDS = 10.0

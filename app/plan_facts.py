@@ -13,8 +13,10 @@ def row_weights(config: ModelConfig) -> list[int]:
     """Number of weights in every plan row."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     attention = config.width * heads * config.head_width
-    mlp = 3 * config.width * config.mlp_width
-    return [attention, mlp] * config.num_layers + [config.width * config.vocab_size]
+    rows: list[int] = []
+    for number, layer in enumerate(config.layers):
+        rows += [attention, 3 * config.width * layer.mlp_width * config.num_experts(number)]
+    return [*rows, config.width * config.vocab_size]
 
 
 def weight_share(

@@ -1,4 +1,4 @@
-"""The command `shardmix`: window, generate, logits, chat, bench.
+"""The command `shardmix`: window, generate, logits, chat, bench, models.
 
 In: arguments. Out: text or JSON on standard output; progress and errors on standard error. An
 error is one line; exit codes are 0, 1 for an error, 2 for usage, 130 when interrupted.
@@ -15,18 +15,45 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import numpy as np
 import typer
 
+from engine.cli_options import (
+    BiasOption,
+    CacheDtype,
+    CacheDtypeOption,
+    Dtype,
+    DtypeOption,
+    FrequencyOption,
+    ImageOption,
+    JsonOption,
+    LogprobsOption,
+    MinPOption,
+    MinTokensOption,
+    ModelOption,
+    NodeOption,
+    PlanOption,
+    PresenceOption,
+    RepetitionOption,
+    SeedOption,
+    StopIdOption,
+    StopOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+    WindowOption,
+    WorkersOption,
+    parse_biases,
+)
 from engine.cli_output import ProgressDisplay, plan_dict, printer, report
-from engine.decode.sampling import validate_sampling
-from engine.errors import ConfigError, EngineError
+from engine.decode.request_rules import check_ids, check_request, check_sampling
+from engine.errors import ConfigError, EngineError, PromptError
 from engine.host import messages as api
-from engine.session import Session, SessionOptions, parse_ids
+from engine.session import GenerateOptions, Prompt, Session, SessionOptions, parse_ids
+from engine.vision.files import read_image_file
 
 app = typer.Typer(
     add_completion=False,
@@ -36,45 +63,6 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
-    """Formats a model computes in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        help="GGUF file, or folder with safetensors. Default: SmolLM2-135M-Instruct, fetched once."
-    ),
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        min=0, max=16, help="Start this many simulated nodes; without --plan they share evenly."
-    ),
-]
-PlanOption = Annotated[
-    Path | None, typer.Option(help="Plan file (TOML) that says which device computes what.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Threads per runner. Default: cores / runners.")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
-WindowOption = Annotated[
-    int | None,
-    typer.Option(help="Positions a conversation may have. Default: the model's, at most 8192."),
-]
-NodeOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Join token that `shardmix-worker run` printed on another computer."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
-
-
 def _fail(error: EngineError) -> NoReturn:
     """One line on standard error, exit code 1."""
     line = " ".join(str(error).split())
@@ -82,11 +70,15 @@ def _fail(error: EngineError) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _run(options: SessionOptions, work: Callable[[Session, ProgressDisplay], None]) -> None:
+def _run(
+    options: SessionOptions,
+    work: Callable[[Session, ProgressDisplay], None],
+    check_model: Callable[[api.ModelOpened], None] | None = None,
+) -> None:
     """Open a session, do the work, and turn errors into exit codes."""
     display = ProgressDisplay()
     try:
-        with Session(options, display.show) as session:
+        with Session(options, display.show, check_model) as session:
             for name in session.unused_nodes:
                 print(
                     f"note: node {name} computes nothing: no plan names {name}/cpu (see --plan)",
@@ -170,46 +162,83 @@ def _become(module: str, arguments: list[str]) -> NoReturn:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens; 0: no limit.")] = 512,
+    image: ImageOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens; 0: until the KV window is full.")
+    ] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.9,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 0.9,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionOption = 1.0,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    logit_bias: BiasOption = None,
+    seed: SeedOption = None,
+    min_tokens: MinTokensOption = 0,
+    stop: StopOption = None,
+    stop_id: StopIdOption = None,
+    logprobs: LogprobsOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     kv_window: WindowOption = None,
+    kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
     node: NodeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt; the text appears as it comes."""
-    options = _options(model, dtype, workers, plan, threads, kv_window, node)
-    sampling = api.SamplingSettings(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs are part of the JSON object; give --json too")
+    if image and raw:
+        raise typer.BadParameter("--image needs the chat template; leave --raw out")
+    images = tuple(str(path.absolute()) for path in image or ())
     try:
-        validate_sampling(sampling)
+        sampling = api.SamplingSettings(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=parse_biases(logit_bias),
+        )
+        answer = GenerateOptions(
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            stop_ids=tuple(stop_id or ()),
+            min_tokens=min_tokens,
+            logprobs=logprobs,
+        )
+        call = api.Generate(request_id=0, sampling=sampling, **answer)
+        check_request(call)
+        for number, path in enumerate(images, start=1):
+            read_image_file(path, number)
     except EngineError as error:
         _fail(error)
 
+    def check(opened: api.ModelOpened) -> None:
+        check_request(call, opened.config.vocab_size)
+        if images and opened.config.vision is None:
+            raise PromptError(
+                f"--image: {opened.name} reads text only. Leave it out, or give a model with an "
+                "image encoder, such as Llama 4"
+            )
+
     def work(session: Session, display: ProgressDisplay) -> None:
         session.listen(printer(display) if not as_json else display.show)
-        finished = session.generate(
-            prompt, raw=raw, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ())
-        )
+        asked: Prompt = prompt
+        if images:
+            asked = (api.ChatTurn(role="user", content=prompt, images=images),)
+        finished = session.generate(asked, raw=raw, sampling=sampling, **answer)
         display.stop()
-        print(json.dumps(report(finished)) if as_json else "")
+        print(json.dumps(report(finished, session.memory)) if as_json else "")
 
-    _run(options, work)
+    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check)
 
 
 @app.command()
@@ -223,6 +252,7 @@ def logits(
     threads: ThreadsOption = None,
     dtype: DtypeOption = Dtype.FLOAT32,
     kv_window: WindowOption = None,
+    kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
     node: NodeOption = None,
 ) -> None:
     """Write the logits of every position, to compare with another implementation."""
@@ -236,6 +266,9 @@ def logits(
     except EngineError as error:
         _fail(error)
 
+    def check(opened: api.ModelOpened) -> None:
+        check_ids(numbers, opened.config.vocab_size)
+
     def work(session: Session, display: ProgressDisplay) -> None:
         rows = session.logits(numbers)
         display.stop()
@@ -246,24 +279,29 @@ def logits(
             raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from error
         print(f"{out}: float32 {list(rows.shape)}", file=sys.stderr)
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, node), work)
+    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check)
 
 
 @app.command()
 def chat(
     model: ModelOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that sum to p.")] = 0.9,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    top_p: TopPOption = 0.9,
+    seed: SeedOption = None,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     kv_window: WindowOption = None,
+    kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
     node: NodeOption = None,
 ) -> None:
     """Talk in the terminal. Ctrl+C stops an answer, /new starts over, Ctrl+D or /exit ends."""
     sampling = api.SamplingSettings(temperature=temperature, top_p=top_p, seed=seed)
+    try:
+        check_sampling(sampling)
+    except EngineError as error:
+        _fail(error)
 
     def work(session: Session, display: ProgressDisplay) -> None:
         display.stop()
@@ -301,7 +339,7 @@ def chat(
                 file=sys.stderr,
             )
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, node), work)
+    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
 
 
 @app.command()
@@ -314,6 +352,7 @@ def bench(
     threads: ThreadsOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     kv_window: WindowOption = None,
+    kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
     node: NodeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -333,7 +372,7 @@ def bench(
             "decode_tps": finished.decode_tps,
             "ttft_s": finished.ttft_s,
             "plan": plan_dict(finished),
-            "devices": report(finished)["devices"],
+            "devices": report(finished, session.memory)["devices"],
             "machine": platform.processor() or platform.machine(),
         }
         if as_json:
@@ -344,7 +383,31 @@ def bench(
             f"decode {finished.decode_tps:.1f} tok/s"
         )
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, node), work)
+    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
+
+
+@app.command()
+def models(
+    family: Annotated[
+        str | None, typer.Argument(help="Show what this family's tensors are called.")
+    ] = None,
+) -> None:
+    """List the supported families, or what one family's tensors are called in its files."""
+    # Their tables take a moment to build, which other commands need not wait for.
+    from engine.weights.families import FAMILIES
+    from engine.weights.models import default_model_path
+    from engine.weights.names import SOURCE_TITLES, printable_table
+
+    if family is None:
+        for name, entry in FAMILIES.items():
+            print(f"{name:10} {', '.join(SOURCE_TITLES[source] for source in entry.tables)}")
+        path = default_model_path()
+        state = "here" if path.is_file() else "not fetched yet"
+        print(f"\ndefault model: {path} ({state})")
+    elif family in FAMILIES:
+        print(printable_table(family))
+    else:
+        _fail(ConfigError(f"{family!r} is no family; choose one of {', '.join(FAMILIES)}"))
 
 
 def _options(
@@ -354,6 +417,7 @@ def _options(
     plan: Path | None,
     threads: int | None,
     kv_window: int | None,
+    kv_dtype: CacheDtype,
     node: list[str] | None,
 ) -> SessionOptions:
     return SessionOptions(
@@ -363,6 +427,7 @@ def _options(
         plan=plan,
         num_threads=threads,
         kv_window=kv_window,
+        kv_dtype=kv_dtype.value,
         nodes=tuple(node or ()),
     )
 

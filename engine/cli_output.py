@@ -6,7 +6,7 @@ In: events of the engine host. Out: lines for a person, dictionaries for a progr
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -83,13 +83,18 @@ def plan_dict(finished: api.Finished) -> dict[str, Any]:
     return tomllib.loads(plan_to_toml(finished.plan))
 
 
-def report(finished: api.Finished) -> dict[str, Any]:
-    """The JSON object of DESIGN § 11."""
-    return {
+def report(finished: api.Finished, memory: Mapping[str, api.DeviceMemory]) -> dict[str, Any]:
+    """The JSON object of DESIGN § 11; with `logprobs` where they were asked for.
+
+    Args:
+        memory: what was said of each device's memory when the plan was applied.
+    """
+    result: dict[str, Any] = {
         "text": finished.text,
         "token_ids": list(finished.token_ids),
         "finish_reason": finished.finish_reason,
         "prompt_tokens": finished.prompt_tokens,
+        "reused_tokens": finished.reused_tokens,
         "seed": finished.seed,
         "timings": {
             "ttft_s": finished.ttft_s,
@@ -104,10 +109,23 @@ def report(finished: api.Finished) -> dict[str, Any]:
                 "wait_s": d.wait_s,
                 "network_s": d.network_s,
                 "network_bytes": d.network_bytes,
+                "weight_bytes": memory[d.device].weight_bytes,
+                "cache_bytes": d.cache_bytes,
+                "cache_limit_bytes": memory[d.device].cache_bytes,
             }
             for d in finished.devices
         ],
     }
+    if finished.logprobs is not None:
+        result["logprobs"] = [
+            {
+                "token_id": token_id,
+                "logprob": token.logprob,
+                "top": [{"token_id": i, "logprob": figure} for i, figure in token.top],
+            }
+            for token_id, token in zip(finished.token_ids, finished.logprobs, strict=True)
+        ]
+    return result
 
 
 def printer(display: ProgressDisplay) -> Callable[[Message], None]:

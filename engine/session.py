@@ -6,20 +6,23 @@ In: which model, which plan. Out: answers and logits. It starts an engine host a
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.client import EngineClient, Event
 from engine.cluster.join_token import decode_token
 from engine.cluster.messages import Message
-from engine.errors import ConfigError, EngineError
+from engine.decode.request_rules import check_request
+from engine.errors import ConfigError, EngineError, error_by_name
 from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.plan_file import read_plan_file
@@ -27,6 +30,20 @@ from engine.plan.presets import even, single
 
 # A cancel is heard within milliseconds; a host that does not answer is not waited for.
 CANCEL_SECONDS = 3.0
+
+Prompt = str | tuple[api.ChatTurn, ...]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a program may ask of an answer besides its sampling; see `api.Generate`."""
+
+    max_tokens: int
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    stop_ids: tuple[int, ...]
+    stop_sequences: tuple[tuple[int, ...], ...]
+    min_tokens: int
+    logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +64,7 @@ class SessionOptions:
     plan: Plan | Path | None = None
     num_threads: int | None = None
     kv_window: int | None = None
+    kv_dtype: api.CacheDtypeChoice = "auto"
     nodes: tuple[str, ...] = ()
 
 
@@ -54,12 +72,16 @@ class Session:
     """See the module; a context manager."""
 
     def __init__(
-        self, options: SessionOptions, on_event: Callable[[Message], None] | None = None
+        self,
+        options: SessionOptions,
+        on_event: Callable[[Message], None] | None = None,
+        check_model: Callable[[api.ModelOpened], None] | None = None,
     ) -> None:
         """Start the host, open the model, put the plan in force.
 
         Args:
             on_event: hears progress and everything else the host says.
+            check_model: may raise an EngineError when the model is open, before weights are moved.
         Raises: EngineError: told in one line; nothing is left running.
         """
         if options.num_threads is not None and not 1 <= options.num_threads <= 1024:
@@ -68,6 +90,8 @@ class Session:
         self.client = EngineClient()
         try:
             self.model = self._open(options)
+            if check_model is not None:
+                check_model(self.model)
             shape = PlanShape.from_config(self.model.config)
             if options.num_workers:
                 self._run(api.AddSimulatedNodes(request_id=self._id(), count=options.num_workers))
@@ -102,38 +126,85 @@ class Session:
 
     def apply(self, plan: Plan) -> None:
         """Put another plan in force."""
-        self._run(api.ApplyPlan(request_id=self._id(), plan=plan))
+        applied: list[api.PlanApplied] = []
+
+        def on_event(event: Event) -> None:
+            if isinstance(event.message, api.PlanApplied):
+                applied.append(event.message)
+            self._on_event(event.message)
+
+        self._run(api.ApplyPlan(request_id=self._id(), plan=plan), on_event)
         self.plan = plan
+        self.memory = {need.device: need for need in applied[-1].memory}
 
     def generate(
         self,
-        prompt: str | tuple[api.ChatTurn, ...],
+        prompt: Prompt,
         *,
         raw: bool = False,
-        max_tokens: int = 0,
         sampling: api.SamplingSettings | None = None,
-        stop: tuple[str, ...] = (),
+        batch_index: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> api.Finished:
         """Answer a prompt, or continue it when `raw`.
 
+        Args:
+            sampling: None is greedy.
+            batch_index: gives, with its seed, what `generate_batch` gave for that prompt.
         Raises: EngineError: the request could not be served.
         """
-        turns: tuple[api.ChatTurn, ...] = ()
-        if isinstance(prompt, tuple):
-            turns = prompt
-        elif not raw:
-            turns = (api.ChatTurn(role="user", content=prompt),)
-        call = api.Generate(
-            request_id=self._id(),
-            turns=turns,
-            raw_prompt=prompt if raw and isinstance(prompt, str) else None,
-            max_tokens=max_tokens,
-            sampling=sampling or api.SamplingSettings(temperature=0.0),
-            stop=stop,
-        )
-        finished = self._run(call)
+        finished = self._run(self._generate_call(prompt, raw, sampling, batch_index, options))
         assert isinstance(finished, api.Finished)
         return finished
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        sampling: api.SamplingSettings | None = None,
+        on_token: Callable[[int, int, str], None] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[api.Finished]:
+        """Answer several prompts of any lengths, all at once.
+
+        Args:
+            sampling: None is greedy. All share its seed, one that is drawn if it has none; the
+                noise of prompt i depends on (seed, i, position), not on its company.
+            on_token: hears batch index, token id and the text that became certain with it.
+        Returns: the answers in the order of `prompts`.
+        Raises: EngineError: one could not be served; the others are cancelled.
+        """
+        sampling = sampling or api.SamplingSettings(temperature=0.0)
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+        calls = [
+            self._generate_call(prompt, raw, sampling, index, options)
+            for index, prompt in enumerate(prompts)
+        ]
+        index_of = {call.request_id: index for index, call in enumerate(calls)}
+        ended: dict[int, api.Finished] = {}
+        for call in calls:
+            self.client.post(call)
+        try:
+            while len(ended) < len(calls):
+                event = self.client.receive(0.5)
+                if event is None:
+                    continue
+                message = event.message
+                self._on_event(message)
+                if isinstance(message, api.TokensGenerated) and message.request_id in index_of:
+                    if on_token is not None:
+                        _tell_tokens(on_token, index_of[message.request_id], message)
+                elif isinstance(message, api.Finished) and message.request_id in index_of:
+                    ended[message.request_id] = message
+                elif isinstance(message, api.CallFailed) and message.request_id in index_of:
+                    where = f"prompt {index_of.pop(message.request_id)} of the batch"
+                    raise error_by_name(message.error, f"{where}: {message.message}")
+        except BaseException:
+            self._cancel(index_of.keys() - ended.keys())
+            raise
+        return [ended[call.request_id] for call in calls]
 
     def benchmark(self, prompt_tokens: int, generated_tokens: int) -> api.Finished:
         """Time a prompt and an answer of given lengths."""
@@ -169,27 +240,51 @@ class Session:
     def _id(self) -> int:
         return self.client.next_request_id()
 
-    def _run(self, call: Message) -> Message:
+    def _run(self, call: Message, on_event: Callable[[Event], None] | None = None) -> Message:
         try:
-            return self.client.run(call, lambda event: self._on_event(event.message))
+            return self.client.run(call, on_event or (lambda event: self._on_event(event.message)))
         except KeyboardInterrupt:
-            self._cancel(call.request_id)  # type: ignore[attr-defined]
+            self._cancel([call.request_id])  # type: ignore[attr-defined]
             raise
 
-    def _cancel(self, request_id: int) -> None:
-        """Cancel a call and wait for its end, so that nothing of it comes later."""
-        self.client.post(api.Cancel(request_id=request_id))
+    def _generate_call(
+        self,
+        prompt: Prompt,
+        raw: bool,
+        sampling: api.SamplingSettings | None,
+        batch_index: int,
+        options: GenerateOptions,
+    ) -> api.Generate:
+        """The call, checked here too: not every wrong number can be sent."""
+        turns: tuple[api.ChatTurn, ...] = ()
+        if isinstance(prompt, tuple):
+            turns = prompt
+        elif not raw:
+            turns = (api.ChatTurn(role="user", content=prompt),)
+        call = api.Generate(
+            request_id=self._id(),
+            turns=turns,
+            raw_prompt=prompt if raw and isinstance(prompt, str) else None,
+            sampling=sampling or api.SamplingSettings(temperature=0.0),
+            batch_index=batch_index,
+            **options,
+        )
+        check_request(call, self.model.config.vocab_size)
+        return call
+
+    def _cancel(self, request_ids: Collection[int]) -> None:
+        """Cancel calls and wait for their ends, so that nothing of them comes later."""
+        for request_id in request_ids:
+            self.client.post(api.Cancel(request_id=request_id))
+        waiting = set(request_ids)
         deadline = time.monotonic() + CANCEL_SECONDS
-        while time.monotonic() < deadline:
+        while waiting and time.monotonic() < deadline:
             event = self.client.receive(0.1)
             if event is None:
                 continue
             message = event.message
-            if (
-                isinstance(message, api.Done | api.Finished | api.CallFailed)
-                and message.request_id == request_id
-            ):
-                return
+            if isinstance(message, api.Done | api.Finished | api.CallFailed):
+                waiting.discard(message.request_id)
 
     def _open(self, options: SessionOptions) -> api.ModelOpened:
         opened: list[api.ModelOpened] = []
@@ -204,12 +299,22 @@ class Session:
             path=options.model,
             dtype=options.dtype,
             kv_window=options.kv_window,
+            kv_dtype=options.kv_dtype,
             num_threads=options.num_threads,
         )
         self.client.run(call, on_event)
         if not opened:
             raise EngineError("the engine host opened no model; please report this")
         return opened[0]
+
+
+def _tell_tokens(
+    on_token: Callable[[int, int, str], None], index: int, message: api.TokensGenerated
+) -> None:
+    """The text goes with the last token: it became certain with that one."""
+    last = len(message.token_ids) - 1
+    for n, token_id in enumerate(message.token_ids):
+        on_token(index, token_id, message.text if n == last else "")
 
 
 def simulated_devices(count: int) -> list[str]:

@@ -259,14 +259,17 @@ def _after_text(plan: Plan, rows: Sequence[int], label: Callable[[str], str]) ->
 def _quanta_text(plan: Plan, rows: Sequence[int], column: int) -> str:
     """Such as "6 of 9 heads"; a range where rows of one kind differ."""
     counts: dict[str, set[int]] = {}
-    totals: dict[str, int] = {}
+    totals: dict[str, set[int]] = {}
     for row in rows:
         kind = plan.shape.row_kind(row)
         counts.setdefault(kind, set()).add(plan.cells[row][column])
-        totals[kind] = plan.shape.num_quanta(row)
+        totals.setdefault(kind, set()).add(plan.shape.num_quanta(row))
     parts: list[str] = []
     for kind, found in counts.items():
-        low, high = min(found), max(found)
-        amount = str(low) if low == high else f"{low}{DASH}{high}"
-        parts.append(f"{amount} of {totals[kind]} {UNIT_WORDS[kind]}")
+        parts.append(f"{_range_text(found)} of {_range_text(totals[kind])} {UNIT_WORDS[kind]}")
     return ", ".join(parts)
+
+
+def _range_text(numbers: Collection[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}{DASH}{high}"

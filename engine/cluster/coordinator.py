@@ -23,7 +23,7 @@ from engine.cluster import messages as m
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
 from engine.errors import Cancelled, EngineError, ProtocolError, WorkerLost, error_by_name
-from engine.model.config import ModelConfig
+from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class LoadRequest(NamedTuple):
     plan: Plan
     dtype: m.ComputeDtype
     kv_window: int
+    kv_dtype: CacheDtype
     threads: Mapping[str, int]
     checkpoint_id: str
     tensors: tuple[m.TensorInfo, ...]
@@ -198,6 +199,7 @@ class Coordinator:
                 device_index=indexes[device],
                 dtype=request.dtype,
                 kv_window=request.kv_window,
+                kv_dtype=request.kv_dtype,
                 num_threads=request.threads[device],
                 checkpoint_id=request.checkpoint_id,
                 tensors=request.tensors,

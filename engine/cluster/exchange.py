@@ -88,6 +88,7 @@ class Exchange:
         outboxes: a channel to each peer that must hear from this device.
         wait: called while nothing is there; returns when the inbox may hold a message, and raises
             when the step is aborted. Takes seconds.
+        add: the residual stream after a row, from the stream before it and the sum of all parts.
     """
 
     epoch: int
@@ -97,6 +98,7 @@ class Exchange:
     inbox: Channel[HandOver] | None
     outboxes: dict[int, Channel[Any]]
     wait: Callable[[float], None]
+    add: Callable[[int, Activations, Activations], Activations]
     counters: Counters = field(default_factory=Counters)
     _early: dict[tuple[int, int, int], tuple[HandOver, list[Array]]] = field(
         default_factory=dict[tuple[int, int, int], tuple[HandOver, list[Array]]]
@@ -164,7 +166,7 @@ class Exchange:
         first = table.contributors[0]
         is_alone = len(table.contributors) == 1
         # One contributor: the sum is its own part, so one finished tensor is enough.
-        finished = x + from_wire(own) if is_alone and table.newcomers else None
+        finished = self.add(row, x, from_wire(own)) if is_alone and table.newcomers else None
         for receiver in table.receivers:
             if receiver == self.device_index:
                 continue
@@ -199,7 +201,7 @@ class Exchange:
         if is_alone:
             if own is not None:
                 assert x is not None
-                return x + from_wire(own)
+                return self.add(row, x, from_wire(own))
             (residual,) = self._expect(step_id, row, first, False, True, rows)
             return residual
         total: Activations | None = None
@@ -216,7 +218,7 @@ class Exchange:
             total = part if total is None else total + part
         assert total is not None
         assert x is not None
-        return x + total
+        return self.add(row, x, total)
 
     def _expect(
         self, step_id: int, row: int, sender: int, partial: bool, residual: bool, rows: int

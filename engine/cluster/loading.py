@@ -17,7 +17,9 @@ from torch import Tensor
 from engine.cluster import messages as m
 from engine.errors import ProtocolError
 from engine.kernels.matrices import Matrix
-from engine.model.shard import ModelShard, RawBytes, SliceKey, WeightKey, WeightStore
+from engine.model.shard import ModelShard
+from engine.model.share_keys import SliceKey, WeightKey
+from engine.model.weight_store import RawBytes, WeightStore
 from engine.weights.formats import format_named, num_bytes
 
 # Small enough that a link of some Mbit/s carries one within the time of a few heartbeats.

@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from engine.errors import PeerRefused, PromptError, ProtocolError
 from engine.model.batch import ComputeDtype, Segment, StepKind
-from engine.model.config import ModelConfig
+from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 MAX_RANK = 8
@@ -171,6 +171,7 @@ class Load(Message, frozen=True):
     device_index: int
     dtype: ComputeDtype
     kv_window: int
+    kv_dtype: CacheDtype
     num_threads: int
     checkpoint_id: str
     tensors: tuple[TensorInfo, ...]
@@ -229,13 +230,17 @@ class LogitsWanted(Message, frozen=True):
 
     Attributes:
         form: "top" sends the largest raw logits, log-sum-exp figures and `ids`; "full" all.
-        ids: per logits position, token ids whose raw logits the sampler needs besides.
+        ids: per logits position, ascending token ids that the request changes (penalties, biases,
+            forbidden ids): their raw logits are sent besides.
         temperatures: per logits position, the temperature of the log-sum-exp; 0 needs none.
+        raw_sums: per logits position, whether the log-sum-exp of the model's own distribution
+            (temperature 1, every id) is wanted too.
     """
 
     form: Literal["top", "full"]
     ids: tuple[tuple[int, ...], ...] = ()
     temperatures: tuple[float, ...] = ()
+    raw_sums: tuple[bool, ...] = ()
 
 
 class Step(Message, frozen=True):
@@ -257,8 +262,9 @@ class StepAnswer(Message, frozen=True):
 
     Tensors, for a device with a share of the head and N positions that need logits:
         "top": int64 [N, K] ids, float32 [N, K] raw logits, float64 [N] log-sum-exp at the
-        request's temperature without the asked ids (0 for greedy requests), then float32 [M] the
-        asked ids of this shard in order.
+        request's temperature without the asked ids (0 for greedy requests), float64 [N]
+        log-sum-exp at temperature 1 with all ids of the shard (0 where it is not wanted), then
+        float32 [M] the asked ids of this shard in order.
         "full": float32 [N, shard rows].
     """
 
@@ -269,6 +275,7 @@ class StepAnswer(Message, frozen=True):
     serialise_ns: int
     sent_bytes: int
     received_bytes: int
+    cache_bytes: int
 
 
 class FetchLogits(Message, frozen=True):
@@ -357,6 +364,10 @@ class Codec(Generic[M]):
         except UnicodeEncodeError:
             raise PromptError(
                 "the text has characters that are not Unicode (bytes that are not UTF-8?); remove them"
+            ) from None
+        except OverflowError:
+            raise PromptError(
+                "a number of the request does not fit into 64 bits. Choose a smaller one"
             ) from None
         if len(header) > MAX_HEADER_BYTES:
             raise PromptError(

@@ -25,7 +25,8 @@ from engine.cluster.short_logits import check_wanted, short_form
 from engine.cluster.transport import Channel, connect, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
-from engine.model.shard import ModelShard, WeightKey
+from engine.model.shard import ModelShard
+from engine.model.share_keys import WeightKey
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +209,7 @@ class Runner:
             load.device_index,
             load.dtype,
             load.kv_window,
+            load.kv_dtype,
             self._torch_device,
         )
         packed_for = (load.checkpoint_id, load.dtype)
@@ -242,7 +244,7 @@ class Runner:
         self._shard, self._loaded = shard, load
         self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
 
-    def _connected(self, load: m.Load) -> Exchange:
+    def _connected(self, load: m.Load, shard: ModelShard) -> Exchange:
         """The exchange of this epoch.
 
         Connections are made at the first step: by then every peer has the allow list of this
@@ -257,6 +259,10 @@ class Runner:
                 self._context, zmq.PUSH, self.keys, peer.public_key, peer.exchange_endpoint
             )
             outboxes[peer.device_index] = Channel(socket, m.HandOver)
+
+        def add(row: int, x: m.Array, total: m.Array) -> m.Array:
+            return shard.add(row, self._to_device(x), self._to_device(total)).cpu().numpy()
+
         self._exchange = Exchange(
             load.epoch,
             load.plan,
@@ -265,6 +271,7 @@ class Runner:
             self._inbox,
             outboxes,
             self._wait,
+            add,
         )
         return self._exchange
 
@@ -281,7 +288,7 @@ class Runner:
                 self._send(self._last_answer[1], self._last_answer[2])
                 return
             raise ProtocolError(f"step {step.step_id} is past, the last was {self._last_answer[0]}")
-        exchange = self._connected(loaded)
+        exchange = self._connected(loaded, shard)
         self._step_id = step.step_id
         exchange.begin_step(step.step_id)
         for operation in step.operations:
@@ -300,6 +307,7 @@ class Runner:
             serialise_ns=c.serialise_ns,
             sent_bytes=c.sent_bytes,
             received_bytes=c.received_bytes,
+            cache_bytes=shard.cache.num_bytes,
         )
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)
@@ -347,7 +355,7 @@ class Runner:
             if table.is_local and table.contributes:
                 assert x is not None
                 assert partial is not None
-                x = x + partial
+                x = shard.add(row, x, partial)
             elif table.contributes or table.receives:
                 handed = exchange.hand_over(
                     step.step_id,

@@ -1,6 +1,6 @@
 """The short form of a vocabulary shard's logits: enough for most choices, small on the wire.
 
-In: raw logits. Out: the four tensors of a StepAnswer in form "top".
+In: raw logits. Out: the five tensors of a StepAnswer in form "top".
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ def check_wanted(wanted: LogitsWanted, count: int) -> None:
     """
     if wanted.form == "full":
         return
-    if len(wanted.ids) != count or len(wanted.temperatures) != count:
+    lengths = (len(wanted.ids), len(wanted.temperatures), len(wanted.raw_sums))
+    if lengths != (count, count, count):
         raise ProtocolError(
-            f"{count} positions need logits, the step names {len(wanted.ids)} id lists and "
-            f"{len(wanted.temperatures)} temperatures"
+            f"{count} positions need logits, the step names {lengths[0]} id lists, {lengths[1]} "
+            f"temperatures and {lengths[2]} wishes for raw sums"
         )
     if not all(math.isfinite(t) and t >= 0 for t in wanted.temperatures):
         raise ProtocolError("a temperature is not a number >= 0")
 
 
 def short_form(logits_NV: Tensor, wanted: LogitsWanted, first_id: int) -> list[Array]:
-    """The largest logits, the log-sum-exp of what was not asked for, and the ids asked for.
+    """The largest logits, two kinds of log-sum-exp, and the ids asked for.
 
     Args:
         logits_NV: raw logits of the shard's vocabulary rows, from `first_id` on.
         wanted: checked by `check_wanted`.
-    Returns: int64 [N, K], float32 [N, K], float64 [N], float32 [M].
+    Returns: int64 [N, K], float32 [N, K], float64 [N] at the request's temperature without the
+        ids asked for, float64 [N] at temperature 1 with them, float32 [M].
     """
     count, rows = logits_NV.shape
     values, ids = torch.topk(logits_NV, min(TOP_LOGITS, rows), dim=-1)
     log_sums = torch.zeros(count, dtype=torch.float64)
+    raw_sums = torch.zeros(count, dtype=torch.float64)
     own = [[i - first_id for i in a if first_id <= i < first_id + rows] for a in wanted.ids]
     for n, temperature in enumerate(wanted.temperatures):
         if temperature:  # A greedy choice needs no sum.
@@ -48,11 +51,14 @@ def short_form(logits_NV: Tensor, wanted: LogitsWanted, first_id: int) -> list[A
             # The sampler adds these itself, changed: taking them out again would cancel digits.
             scaled[own[n]] = -torch.inf
             log_sums[n] = torch.logsumexp(scaled, 0)
-    asked = [logits_NV[n, i] for n, ids_of_n in enumerate(own) for i in ids_of_n]
-    asked_values = torch.stack(asked) if asked else logits_NV.new_empty(0)
+        if wanted.raw_sums[n]:
+            raw_sums[n] = torch.logsumexp(logits_NV[n].double(), 0)
+    asked = [logits_NV[n, own_ids] for n, own_ids in enumerate(own) if own_ids]
+    asked_values = torch.cat(asked) if asked else logits_NV.new_empty(0)
     return [
         (ids + first_id).cpu().numpy(),
         values.float().cpu().numpy(),
         log_sums.numpy(),
+        raw_sums.numpy(),
         asked_values.float().cpu().numpy(),
     ]

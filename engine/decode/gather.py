@@ -5,7 +5,7 @@ In: the answers of all devices and the plan. Out: candidates for the sampler, or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from engine.plan.plan import Plan
 
 
 def gather_candidates(
-    plan: Plan, answers: Sequence[DeviceAnswer], asked: Sequence[Collection[int]]
+    plan: Plan, answers: Sequence[DeviceAnswer], asked: Sequence[Sequence[int]]
 ) -> list[Candidates]:
     """The short form of every position.
 
     Args:
         answers: to a step that wanted form "top".
-        asked: per position, the ids that were asked for.
+        asked: per position, the ids that were asked for, ascending.
     Returns: candidates per position.
     Raises: ProtocolError: a device answered with something else than it was asked for.
     """
@@ -68,17 +68,18 @@ def _shards(
     first: int,
     end: int,
     answers: Sequence[DeviceAnswer],
-    asked: Sequence[Collection[int]],
+    asked: Sequence[Sequence[int]],
 ) -> list[ShardLogits]:
     """One device's shard, per position."""
-    ids, values, log_sums, asked_values = _tensors_of(plan, index, answers, 4)
+    ids, values, log_sums, raw_sums, asked_values = _tensors_of(plan, index, answers, 5)
     num_positions = len(asked)
     width = min(m.TOP_LOGITS, end - first)
-    own = [[i for i in sorted(a) if first <= i < end] for a in asked]
+    own = [[i for i in a if first <= i < end] for a in asked]
     what = f"logits of {plan.devices[index]}"
     m.expect_tensor(ids, "int64", (num_positions, width), what)
     m.expect_tensor(values, "float32", (num_positions, width), what)
     m.expect_tensor(log_sums, "float64", (num_positions,), what)
+    m.expect_tensor(raw_sums, "float64", (num_positions,), what)
     m.expect_tensor(asked_values, "float32", (sum(len(o) for o in own),), what)
     if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
         raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
@@ -93,6 +94,7 @@ def _shards(
                 dict(zip(own_ids, asked_values[at:stop].tolist(), strict=True)),
                 float(log_sums[position]),
                 width == end - first,
+                float(raw_sums[position]),
             )
         )
         at = stop

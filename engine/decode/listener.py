@@ -15,8 +15,8 @@ from engine.plan.plan import Plan
 class EmbeddingSource(Protocol):
     """Whoever holds the embeddings."""
 
-    def read_rows(self, name: str, row_ids: Seq[int]) -> m.Array:
-        """float32 [n, width]."""
+    def embed(self, ids: Seq[int]) -> m.Array:
+        """float32 [n, width], as the first layer takes them."""
         ...
 
 

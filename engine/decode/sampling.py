@@ -3,6 +3,9 @@
 In: the largest raw logits of each vocabulary shard, or all of them, and a request's settings. Out:
 a token id, or None when the short form cannot prove its choice and the full logits are needed.
 Numpy only; the noise is a function of (seed, sequence, position), so it does not depend on company.
+
+Every filter keeps a beginning of the tokens in falling order of their changed logits, so all of
+them together come down to one number: how many tokens stay.
 """
 
 from __future__ import annotations
@@ -15,35 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import PromptError
-from engine.host.messages import SamplingSettings
+from engine.decode.logit_changes import LogitChanges
+from engine.host.messages import SamplingSettings, TokenLogprobs
 
-MAX_SEED = 2**64 - 1
-
-
-def validate_sampling(settings: SamplingSettings) -> SamplingSettings:
-    """Return the settings, or raise.
-
-    Raises: PromptError: names the setting, its value and the rule it breaks.
-    """
-    rules = [
-        ("temperature", settings.temperature, 0.0, 100.0, True),
-        ("top_p", settings.top_p, 0.0, 1.0, False),
-        ("repetition_penalty", settings.repetition_penalty, 0.0, 100.0, False),
-    ]
-    for name, value, low, high, is_low_allowed in rules:
-        is_high_enough = value >= low if is_low_allowed else value > low
-        if not (math.isfinite(value) and is_high_enough and value <= high):
-            comparison = "at least" if is_low_allowed else "above"
-            raise PromptError(
-                f"{name} must be a number {comparison} {low:g} and at most {high:g}, "
-                f"got {value:g}. Choose another --{name.replace('_', '-')}"
-            )
-    if not 0 <= settings.top_k <= 1 << 30:
-        raise PromptError(f"top_k must be 0 (all tokens) or more, got {settings.top_k}")
-    if settings.seed is not None and not 0 <= settings.seed <= MAX_SEED:
-        raise PromptError(f"seed must be between 0 and {MAX_SEED}, got {settings.seed}")
-    return settings
+# Sums over shards and sums over all tokens round differently, by less than this share of the whole
+# for vocabularies of millions. A choice this close to the border of two tokens is not proven.
+BORDER_MARGIN = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +34,21 @@ class Candidates:
         ids: int64, unique.
         logits: float64, raw, in the order of `ids`.
         floor: no token outside `ids` has a larger raw logit; -inf when there is none outside.
-        log_sum: log of the sum of exp(logit / temperature) over all tokens that the repetition
-            penalty leaves alone.
+        log_sum: log of the sum of exp(logit / temperature) over all tokens that the request does
+            not change.
+        raw_log_sum: log of the sum of exp(logit) over all tokens; 0 where nobody asked.
     """
 
     ids: NDArray[np.int64]
     logits: NDArray[np.float64]
     floor: float
     log_sum: float
+    raw_log_sum: float = 0.0
+
+    @property
+    def is_all(self) -> bool:
+        """Whether `ids` is the whole vocabulary."""
+        return self.floor == -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +60,7 @@ class ShardLogits:
         asked: raw logits of the ids it was asked for.
         log_sum: over the shard without `asked`, at the request's temperature.
         is_whole: whether `ids` is the whole shard.
+        raw_log_sum: over the whole shard at temperature 1; 0 where nobody asked.
     """
 
     ids: NDArray[np.int64]
@@ -80,6 +68,7 @@ class ShardLogits:
     asked: Mapping[int, float]
     log_sum: float
     is_whole: bool
+    raw_log_sum: float = 0.0
 
 
 def merge_shards(shards: Collection[ShardLogits]) -> Candidates:
@@ -91,12 +80,12 @@ def merge_shards(shards: Collection[ShardLogits]) -> Candidates:
         logits.update(shard.asked)
         if not shard.is_whole:
             floor = max(floor, float(shard.logits[-1]))
-    log_sum = float(np.logaddexp.reduce([shard.log_sum for shard in shards]))
     return Candidates(
         np.fromiter(logits.keys(), dtype=np.int64, count=len(logits)),
         np.fromiter(logits.values(), dtype=np.float64, count=len(logits)),
         floor,
-        log_sum,
+        float(np.logaddexp.reduce([shard.log_sum for shard in shards])),
+        float(np.logaddexp.reduce([shard.raw_log_sum for shard in shards])),
     )
 
 
@@ -115,86 +104,136 @@ def uniform(seed: int, sequence: int, position: int) -> float:
 
 
 def choose(
-    candidates: Candidates, settings: SamplingSettings, repeated: Collection[int], noise: float
+    candidates: Candidates, settings: SamplingSettings, changes: LogitChanges, noise: float
 ) -> int | None:
     """The next token.
 
     Args:
-        repeated: ids that the repetition penalty lowers; all of them must be candidates unless
-            the penalty is 1.
+        settings: valid; `SamplingSettings` says in which order they apply.
+        changes: of the logits; all their ids must be candidates.
         noise: uniform in [0, 1).
     Returns: the id, or None where tokens outside the candidates might matter, or where a logit is
-        not a finite number.
+        not a finite number. From all tokens None is only given for the latter.
     """
     if not np.isfinite(candidates.logits).all():
         return None
-    adjusted = _penalise(candidates, settings.repetition_penalty, repeated)
-    order = np.lexsort((candidates.ids, -adjusted))
-    ordered = adjusted[order]
+    changed = changes.apply(candidates.ids, candidates.logits)
+    order = np.lexsort((candidates.ids, -changed))
+    ordered = changed[order]
     # Down to here the order is the whole vocabulary's; a tie with the floor is not known.
     num_known = int(np.searchsorted(-ordered, -candidates.floor, side="left"))
+    if candidates.is_all:
+        num_known = ordered.size
+    if not num_known or ordered[0] == -math.inf:
+        return None
     if settings.temperature == 0:
-        return int(candidates.ids[order[0]]) if num_known else None
-    is_all = math.isinf(candidates.floor)
-    scaled = ordered / settings.temperature
-    if settings.top_k:
-        if settings.top_k > num_known and not is_all:
-            return None
-        scaled = scaled[: settings.top_k]
-        weights = np.exp(scaled - scaled[0])
-        cumulative = np.cumsum(weights) / weights.sum()
-        is_all = True
-    else:
-        weights = np.exp(scaled - scaled[0])
-        total = (
-            weights.sum() if is_all else _total(candidates, adjusted, settings, repeated, scaled[0])
-        )
-        cumulative = np.cumsum(weights)[: None if is_all else num_known] / total
-    if not cumulative.size:
+        return int(candidates.ids[order[0]])
+    if settings.top_k > num_known and not candidates.is_all:
         return None
-    end = int(np.searchsorted(cumulative, settings.top_p, side="left"))
-    if end < cumulative.size:
-        mass = cumulative[end]
-    elif is_all:
-        mass = cumulative[-1]
-    elif settings.top_p < 1:
-        return None
-    else:
-        mass = 1.0
-    index = int(np.searchsorted(cumulative, noise * mass, side="right"))
-    if index >= cumulative.size:
-        if not is_all:
-            return None
-        index = cumulative.size - 1  # Rounding at the very end of the sum.
-    return int(candidates.ids[order[index]])
+    with np.errstate(over="ignore"):  # A tiny temperature leaves nothing but the likeliest token.
+        scaled = (ordered[:num_known] - ordered[0]) / settings.temperature
+    is_whole = candidates.is_all or settings.top_k > 0
+    scaled = scaled[: settings.top_k or None]
+    total: float | None = None
+    margin = 0.0 if candidates.is_all else BORDER_MARGIN
+    if not is_whole:
+        largest = float(ordered[0]) / settings.temperature
+        margin += 1e-15 * abs(largest)  # The rounding of a large exponent.
+        total = _total(candidates, changed, settings.temperature, changes, largest)
+    outside = (candidates.floor - float(ordered[0])) / settings.temperature
+    index = _draw(_Ordered(scaled, is_whole, outside, total, margin), settings, noise)
+    return None if index is None else int(candidates.ids[order[index]])
 
 
-def _penalise(
-    candidates: Candidates, penalty: float, repeated: Collection[int]
-) -> NDArray[np.float64]:
-    """Divide positive logits and multiply negative ones, so that a penalty never raises a token.
+def token_logprobs(candidates: Candidates, token_id: int, num_top: int) -> TokenLogprobs | None:
+    """How likely a token was in the model's own distribution, and which were the likeliest.
 
-    Source: arXiv 1909.05858, with the sign rule that later implementations agree on.
+    Args:
+        candidates: with `raw_log_sum`, or all of them.
+        token_id: one of the candidates.
+    Returns: None where tokens outside the candidates might be among the likeliest.
     """
-    if penalty == 1 or not repeated:
-        return candidates.logits
-    is_repeated = np.isin(candidates.ids, np.fromiter(repeated, dtype=np.int64))
-    lowered = np.where(
-        candidates.logits > 0, candidates.logits / penalty, candidates.logits * penalty
-    )
-    return np.where(is_repeated, lowered, candidates.logits)
+    ids, logits = candidates.ids, candidates.logits
+    order = np.lexsort((ids, -logits))[:num_top]
+    is_known = logits[order] > candidates.floor
+    if not candidates.is_all and (order.size < num_top or not is_known.all()):
+        return None
+    log_sum = candidates.raw_log_sum
+    if candidates.is_all:
+        largest = float(logits.max())
+        log_sum = largest + math.log(float(np.exp(logits - largest).sum()))
+    chosen = float(logits[ids == token_id][0])
+    top = tuple((int(ids[i]), float(logits[i]) - log_sum) for i in order)
+    return TokenLogprobs(logprob=chosen - log_sum, top=top)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """Tokens in falling order of their changed logits.
+
+    Attributes:
+        scaled: (changed logit - the largest) / temperature.
+        is_whole: whether the filters to come have no other tokens to choose among.
+        outside: no other token has a larger `scaled`.
+        total: sum of exp over all tokens, where `is_whole` is false.
+        margin: a share of the mass by which another way of adding might move a border.
+    """
+
+    scaled: NDArray[np.float64]
+    is_whole: bool
+    outside: float
+    total: float | None
+    margin: float
+
+
+def _draw(tokens: _Ordered, settings: SamplingSettings, noise: float) -> int | None:
+    """Place of the chosen token, or None where that is not proven."""
+    scaled = tokens.scaled
+    cumulative = np.cumsum(np.exp(scaled))
+    total = float(cumulative[-1]) if tokens.total is None else tokens.total
+    # How many tokens stay; None: more than these.
+    num_kept = scaled.size if tokens.is_whole else None
+    if settings.min_p > 0:
+        # Compared as logarithms, so that the kept set does not hang on how exp rounds.
+        lowest = math.log(settings.min_p)
+        if tokens.is_whole or tokens.outside < lowest:
+            num_kept = int(np.count_nonzero(scaled >= lowest))
+        elif settings.top_p == 1:
+            return None
+    if settings.top_p < 1:
+        shares = cumulative / total
+        if _is_near(shares, settings.top_p, tokens.margin):
+            return None
+        nucleus = int(np.searchsorted(shares, settings.top_p, side="left")) + 1
+        if nucleus <= shares.size:
+            # Where min-p's cut is not proven it lies past the tokens at hand, so past this one.
+            num_kept = nucleus if num_kept is None else min(num_kept, nucleus)
+        elif num_kept is None:
+            return None
+    mass = total if num_kept is None else float(cumulative[num_kept - 1])
+    borders = cumulative[:num_kept] / mass
+    if _is_near(borders, noise, tokens.margin):
+        return None
+    index = int(np.searchsorted(borders, noise, side="right"))
+    return index if index < borders.size else None
+
+
+def _is_near(borders: NDArray[np.float64], value: float, margin: float) -> bool:
+    """Whether a border might lie on the other side of a value."""
+    return bool(margin) and bool((np.abs(borders - value) <= margin).any())
 
 
 def _total(
     candidates: Candidates,
-    adjusted: NDArray[np.float64],
-    settings: SamplingSettings,
-    repeated: Collection[int],
-    scaled_max: float,
+    changed: NDArray[np.float64],
+    temperature: float,
+    changes: LogitChanges,
+    largest: float,
 ) -> float:
-    """Sum of exp(adjusted / temperature - scaled_max) over the whole vocabulary."""
-    total = math.exp(min(candidates.log_sum - scaled_max, 700.0))
-    if settings.repetition_penalty != 1 and repeated:
-        is_repeated = np.isin(candidates.ids, np.fromiter(repeated, dtype=np.int64))
-        total += float(np.exp(adjusted[is_repeated] / settings.temperature - scaled_max).sum())
-    return total
+    """Sum of exp(changed / temperature - largest) over the whole vocabulary."""
+    if not math.isfinite(largest):
+        return math.inf  # The margin is infinite too: nothing is proven.
+    total = math.exp(min(candidates.log_sum - largest, 700.0))
+    touched = changed[changes.touches(candidates.ids)]
+    with np.errstate(over="ignore"):  # To -inf, whose share is 0 anyway.
+        return total + float(np.exp(touched / temperature - largest).sum())

@@ -24,24 +24,17 @@ from engine.cluster.coordinator import (
     StepAborted,
 )
 from engine.decode.gather import gather_candidates, join_full_logits
-from engine.decode.listener import EmbeddingSource, Listener, Measured
-from engine.decode.sampling import all_candidates, choose, uniform
-from engine.decode.sequence import DeviceTotals, Sequence
+from engine.decode.listener import EmbeddingSource, Listener
+from engine.decode.logit_changes import LogitChanges
+from engine.decode.pace import Pace
+from engine.decode.sampling import all_candidates
+from engine.decode.sequence import Sequence
+from engine.decode.slots import Slots
 from engine.errors import EngineError, PlanError
 from engine.model.batch import Segment, StepKind
+from engine.model.view import can_truncate
 
 logger = logging.getLogger(__name__)
-
-# How long a step may take by measured speed: neighbours wait that long for their next token. A
-# prompt alone is read in larger pieces, which cost less each; a cancel is heard between two rows.
-SHARED_PIECE_SECONDS = 0.15
-LONE_PIECE_SECONDS = 0.5
-FIRST_PIECE = 32
-MIN_PIECE = 8
-MAX_PIECE = 1024
-# Full logits travel in one message: 16 rows of a vocabulary of 128 k are 8 MB.
-MAX_LOGITS_PIECE = 16
-REPORT_SECONDS = 0.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +77,9 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._operations: list[m.SlotOperation] = []
         self._step_id = 0
-        self._tokens_per_second: dict[StepKind, float] = {}
+        self._slots = Slots(0, lambda _written, _length: False)
+        self._pace = Pace()
         self._last_kind: StepKind = "generated"
-        self._measured = Measured()
-        self._reported_at = 0.0
         self._started = threading.Event()
         self._coordinator: Coordinator
         self._thread = threading.Thread(
@@ -187,7 +179,7 @@ class Scheduler:
         self._running = []
         self._operations = []
         for sequence in self._waiting:
-            sequence.slot, sequence.num_computed = -1, 0
+            sequence.leave_seat()
 
         def on_progress(device: str, done: int, total: int) -> None:
             listener.on_load_progress(command.request_id, device, done, total)
@@ -205,7 +197,11 @@ class Scheduler:
         self._load = command.load
         self._embeddings = command.embeddings
         self._step_id = 0
-        self._tokens_per_second = {}
+        self._pace.forget()
+        config, window = command.load.config, command.load.kv_window
+        self._slots = Slots(
+            window, lambda written, length: can_truncate(config, window, written, length)
+        )
         listener.on_plan(command.request_id, command.load.epoch, command.load.plan)
 
     def _drop_cancelled(self) -> None:
@@ -240,20 +236,23 @@ class Scheduler:
         kind = self._choose_kind()
         if kind == "prompt":
             prompt = next(s for s in self._running if s.next_kind == "prompt")
-            batch = [(prompt, prompt.next_count(self._piece(prompt)))]
+            limit = self._piece(kind, has_logits=prompt.logits_only)
+            batch = [(prompt, prompt.next_count(limit))]
         else:
-            limit = self._piece(None)
+            limit = self._piece(kind, has_logits=False)
             running = [s for s in self._running if s.next_kind == "generated"]
             batch = [(s, s.next_count(limit)) for s in running]
         if batch or self._operations:
             self._step(kind, batch)
-        self._report()
+        self._pace.report(self._listener)
 
     def _admit(self) -> None:
-        used = {s.slot for s in self._running}
         for sequence in self._waiting:
-            sequence.slot = next(n for n in range(len(used) + 1) if n not in used)
-            used.add(sequence.slot)
+            seat, operations = self._slots.take(
+                sequence.cache_ids(len(sequence.ids)), may_reuse=sequence.may_reuse
+            )
+            sequence.take_seat(seat.slot, seat.num_reused, seat.num_written)
+            self._operations += operations
             if not sequence.prefill_started:
                 sequence.prefill_started = time.perf_counter()
         self._running += self._waiting
@@ -268,13 +267,8 @@ class Scheduler:
             return "prompt"
         return "prompt" if self._last_kind == "generated" else "generated"
 
-    def _piece(self, prompt: Sequence | None) -> int:
-        kind: StepKind = "prompt" if prompt is not None else "generated"
-        rate = self._tokens_per_second.get(kind)
-        seconds = LONE_PIECE_SECONDS if len(self._running) == 1 else SHARED_PIECE_SECONDS
-        size = FIRST_PIECE if rate is None else int(rate * seconds)
-        limit = MAX_LOGITS_PIECE if prompt is not None and prompt.logits_only else MAX_PIECE
-        return min(max(size, MIN_PIECE), limit)
+    def _piece(self, kind: StepKind, *, has_logits: bool) -> int:
+        return self._pace.piece(kind, is_alone=len(self._running) == 1, has_logits=has_logits)
 
     def _step(self, kind: StepKind, batch: list[tuple[Sequence, int]]) -> None:
         load, embeddings = self._load, self._embeddings
@@ -288,6 +282,7 @@ class Scheduler:
             for (sequence, _), segment in zip(batch, segments, strict=True)
             if segment.logit_offsets and not sequence.logits_only
         ]
+        changes = [sequence.changes() for sequence in wanted]
         is_full = any(sequence.logits_only for sequence, _ in batch)
         step = m.Step(
             epoch=load.epoch,
@@ -297,13 +292,16 @@ class Scheduler:
             operations=tuple(self._operations),
             logits=m.LogitsWanted(
                 form="full" if is_full else "top",
-                ids=tuple(tuple(sorted(s.repeated_ids())) for s in wanted),
+                ids=tuple(tuple(c.ids.tolist()) for c in changes),
                 temperatures=tuple(s.settings.temperature for s in wanted),
+                raw_sums=tuple(s.num_logprobs is not None for s in wanted),
             ),
         )
         self._operations = []
         ids = [i for s, n in batch for i in s.ids[s.num_computed : s.num_computed + n]]
-        rows = embeddings.read_rows("embedding", ids) if ids else None
+        rows = embeddings.embed(ids) if ids else None
+        if rows is not None and any(sequence.images for sequence, _ in batch):
+            rows = _with_images(rows, batch)
         self._last_kind = kind
         everyone = {sequence.request_id for sequence, _ in batch}
 
@@ -313,15 +311,18 @@ class Scheduler:
         try:
             answers = self._coordinator.step(step, rows, nobody_wants_it)
         except StepAborted:
-            return  # Their slots are freed with the next step.
+            for sequence, _ in batch:
+                sequence.is_broken = True
+            return
         for sequence, count in batch:
-            sequence.num_computed += count
+            sequence.advance(count)
         if is_full:
             self._send_logits(batch[0], answers)
         else:
-            self._take_tokens(wanted, answers)
+            self._take_tokens(wanted, changes, answers)
         seconds = time.perf_counter() - started
-        self._measure(kind, [s for s, _ in batch], len(ids), seconds, answers)
+        totals = [sequence.totals for sequence, _ in batch]
+        self._pace.measure(kind, len(ids), seconds, load.plan, answers, totals)
         for sequence, _ in batch:
             if kind == "prompt":
                 sequence.on_prefill(
@@ -340,23 +341,23 @@ class Scheduler:
             sequence.first_token_at = time.perf_counter()
             sequence.finish_reason = "length"
 
-    def _take_tokens(self, wanted: list[Sequence], answers: list[DeviceAnswer]) -> None:
+    def _take_tokens(
+        self, wanted: list[Sequence], changes: list[LogitChanges], answers: list[DeviceAnswer]
+    ) -> None:
         if not wanted:
             return
         assert self._load is not None
         plan = self._load.plan
         full: m.Array | None = None
-        candidates = gather_candidates(plan, answers, [s.repeated_ids() for s in wanted])
+        candidates = gather_candidates(plan, answers, [c.ids.tolist() for c in changes])
         for n, sequence in enumerate(wanted):
-            noise = uniform(sequence.seed, 0, len(sequence.ids))
-            repeated = sequence.repeated_ids()
-            token_id = choose(candidates[n], sequence.settings, repeated, noise)
-            if token_id is None:
+            token = sequence.choose(candidates[n], changes[n])
+            if token is None:
                 if full is None:
                     fetched = self._coordinator.fetch_logits(self._step_id)
                     full = join_full_logits(plan, fetched, len(wanted))
-                token_id = choose(all_candidates(full[n]), sequence.settings, repeated, noise)
-            if token_id is None:
+                token = sequence.choose(all_candidates(full[n]), changes[n])
+            if token is None:
                 error = EngineError(
                     "the logits are not numbers: the weights are damaged, or the numbers too large "
                     "for this dtype. Try --dtype float32, or another file"
@@ -364,7 +365,7 @@ class Scheduler:
                 self._listener.on_failed(sequence.request_id, error)
                 self._drop(sequence)
             else:
-                sequence.accept(token_id)
+                sequence.accept(token)
 
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None
@@ -377,47 +378,25 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
-            self._operations.append(m.SlotOperation(action="free", slot=sequence.slot))
+            # What an aborted step left in a slot is not known.
+            if sequence.is_broken or not sequence.may_reuse:
+                self._operations += self._slots.free(sequence.slot)
+            else:
+                held = sequence.cache_ids(sequence.num_computed)
+                self._operations += self._slots.keep(sequence.slot, held, sequence.num_written)
         else:
             self._waiting.remove(sequence)
 
-    # ---- measuring ---------------------------------------------------------------------------
 
-    def _measure(
-        self,
-        kind: StepKind,
-        sequences: list[Sequence],
-        num_tokens: int,
-        seconds: float,
-        answers: list[DeviceAnswer],
-    ) -> None:
-        assert self._load is not None
-        if num_tokens:
-            rate = num_tokens / max(seconds, 1e-6)
-            known = self._tokens_per_second.get(kind, rate)
-            self._tokens_per_second[kind] = 0.5 * known + 0.5 * rate
-        measured = self._measured
-        measured.seconds += seconds
-        if kind == "prompt":
-            measured.prompt_tokens += num_tokens
-        else:
-            measured.generated_tokens += num_tokens
-        for _index, answer, _tensors in answers:
-            device = self._load.plan.devices[_index]
-            for totals in (measured.devices, *(s.totals for s in sequences)):
-                entry = totals.setdefault(device, DeviceTotals())
-                entry.compute_ns += answer.compute_ns
-                entry.wait_ns += answer.wait_ns
-                entry.serialise_ns += answer.serialise_ns
-                entry.sent_bytes += answer.sent_bytes
-                entry.received_bytes += answer.received_bytes
-
-    def _report(self) -> None:
-        now = time.monotonic()
-        if self._measured.seconds and now - self._reported_at >= REPORT_SECONDS:
-            self._reported_at = now
-            self._listener.on_measured(self._measured)
-            self._measured = Measured()
+def _with_images(rows: m.Array, batch: list[tuple[Sequence, int]]) -> m.Array:
+    """Input embeddings with image features in their places."""
+    rows = rows.copy()
+    start = 0
+    for sequence, count in batch:
+        if sequence.images is not None:
+            sequence.images.put(rows[start : start + count], sequence.num_computed)
+        start += count
+    return rows
 
 
 def _segment(sequence: Sequence, count: int) -> Segment:

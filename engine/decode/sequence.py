@@ -7,12 +7,15 @@ scheduler moves it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from engine.decode.stopping import StopMatcher
-from engine.host.messages import FinishReason, SamplingSettings
+from engine.decode.image_rows import ImageRows
+from engine.decode.logit_changes import LogitChanges, logit_changes
+from engine.decode.sampling import Candidates, choose, token_logprobs, uniform
+from engine.decode.stopping import IdStopMatcher, StopMatcher
+from engine.host.messages import FinishReason, SamplingSettings, TokenLogprobs
 from engine.model.batch import StepKind
 
 
@@ -28,6 +31,13 @@ class Detokenizer(Protocol):
         ...
 
 
+class NextToken(NamedTuple):
+    """A chosen token, and how likely it was where the request asks for that."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
 @dataclass(slots=True)
 class DeviceTotals:
     """Nanoseconds and bytes of one device, summed over steps."""
@@ -37,6 +47,7 @@ class DeviceTotals:
     serialise_ns: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    cache_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +57,13 @@ class Sequence:
     Attributes:
         ids: prompt ids, then generated ones.
         num_computed: positions that are in the KV cache of the plan in force.
+        eos_ids, stop_ids: each ends the answer; not chosen before it has `min_tokens`.
+        num_logprobs: how many of the likeliest tokens to report with each; None reports nothing.
+        batch_index: with seed and position it makes the noise.
         logits_only: return the logits of every prompt position, and generate nothing.
+        may_reuse: whether what earlier conversations left in the cache may be taken over.
+        images: features that stand in for the embeddings of image tokens.
+        is_broken: an aborted step touched its slot.
         on_text: hears each generated id with the text it completed.
     """
 
@@ -61,10 +78,21 @@ class Sequence:
     detokenizer: Detokenizer
     on_text: Callable[[int, str], None]
     on_prefill: Callable[[int, int], None]
+    stop_ids: frozenset[int] = frozenset()
+    id_stops: IdStopMatcher = field(default_factory=lambda: IdStopMatcher(()))
+    min_tokens: int = 0
+    num_logprobs: int | None = None
+    batch_index: int = 0
     logits_only: bool = False
+    may_reuse: bool = True
+    images: ImageRows | None = None
     slot: int = -1
     num_computed: int = 0
+    num_written: int = 0
+    num_reused: int = 0
+    is_broken: bool = False
     text: list[str] = field(default_factory=list[str])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.perf_counter)
     prefill_started: float = 0.0
@@ -87,48 +115,95 @@ class Sequence:
         end = self.num_prompt if self.next_kind == "prompt" else len(self.ids)
         return min(end - self.num_computed, limit)
 
-    def repeated_ids(self) -> set[int]:
-        """Ids that a repetition penalty lowers."""
-        return set(self.ids) if self.settings.repetition_penalty != 1 else set()
+    def take_seat(self, slot: int, num_reused: int, num_written: int) -> None:
+        """Begin in a slot that holds the first `num_reused` tokens already."""
+        self.slot, self.num_computed, self.num_written = slot, num_reused, num_written
+        if not self.num_generated:
+            self.num_reused = num_reused
 
-    def accept(self, token_id: int) -> None:
+    def leave_seat(self) -> None:
+        """The cache is gone; everything is to be computed again."""
+        self.slot, self.num_computed, self.num_written = -1, 0, 0
+        self.is_broken = False
+
+    def advance(self, count: int) -> None:
+        """The next `count` tokens are in the cache."""
+        self.num_computed += count
+        self.num_written = max(self.num_written, self.num_computed)
+
+    def cache_ids(self, count: int) -> list[int]:
+        """What identifies the first tokens in the cache: ids, and for image tokens the image."""
+        ids = self.ids[:count]
+        return ids if self.images is None else self.images.identify(ids)
+
+    def changes(self) -> LogitChanges:
+        """What the request changes of the logits of the next token."""
+        is_too_short = self.num_generated < self.min_tokens
+        forbidden = self.eos_ids | self.stop_ids if is_too_short else frozenset[int]()
+        return logit_changes(self.settings, self.ids, self.num_prompt, forbidden)
+
+    def choose(self, candidates: Candidates, changes: LogitChanges) -> NextToken | None:
+        """The next token from the logits after the last one; None where they do not prove it."""
+        noise = uniform(self.seed, self.batch_index, len(self.ids))
+        token_id = choose(candidates, self.settings, changes, noise)
+        if token_id is None or self.num_logprobs is None:
+            return None if token_id is None else NextToken(token_id, None)
+        logprobs = token_logprobs(candidates, token_id, self.num_logprobs)
+        return None if logprobs is None else NextToken(token_id, logprobs)
+
+    def accept(self, token: NextToken) -> None:
         """Add a chosen token; sets `finish_reason` when the answer ends with it."""
         now = time.perf_counter()
         if not self.num_generated:
             self.first_token_at = now
         self.last_token_at = now
+        token_id = token.token_id
         self.ids.append(token_id)
-        if token_id in self.eos_ids:
-            self._end("stop", token_id, "")
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
+        if token_id in self.eos_ids or token_id in self.stop_ids:
+            self._end("stop", token_id, self._text_of(self.id_stops.finish()))
             return
-        shown = self.stops.push(self.detokenizer.push(token_id))
+        may_stop = self.num_generated >= self.min_tokens
+        shown = self._text_of(self.id_stops.push(token_id, may_stop=may_stop))
         if self.stops.has_stopped:
             self._say(token_id, shown)
             self.finish_reason = "stop"
+        elif self.id_stops.has_stopped:
+            self._end("stop", token_id, shown)
         elif self.num_generated >= self.max_tokens:
-            self._end("length", token_id, shown)
+            self._end("length", token_id, shown + self._text_of(self.id_stops.finish()))
         else:
             self._say(token_id, shown)
 
     def cancel(self) -> None:
         """End without another token."""
-        self.text.append(self.stops.push(self.detokenizer.finish()) + self.stops.finish())
+        shown = self._text_of(self.id_stops.finish())
+        shown += self.stops.push(self.detokenizer.finish())
+        self.text.append(shown + self.stops.finish())
         self.finish_reason = "cancelled"
 
     def prefill_tps(self) -> float:
         """Prompt tokens per second, 0 when there was no prefill to measure."""
         seconds = self.first_token_at - self.prefill_started
-        return self.num_prompt / seconds if self.first_token_at and seconds > 0 else 0.0
+        num_read = self.num_prompt - self.num_reused
+        return num_read / seconds if self.first_token_at and seconds > 0 else 0.0
 
     def decode_tps(self) -> float:
         """Generated tokens per second after the first, 0 when there were fewer than two."""
         seconds = self.last_token_at - self.first_token_at
         return (self.num_generated - 1) / seconds if self.num_generated > 1 and seconds else 0.0
 
+    def _text_of(self, ids: Iterable[int]) -> str:
+        """Text of ids that may be shown, up to a stop text."""
+        text = "".join(self.detokenizer.push(i) for i in ids)
+        return self.stops.push(text) if self.num_generated >= self.min_tokens else text
+
     def _end(self, reason: FinishReason, token_id: int, shown: str) -> None:
         rest = self.stops.push(self.detokenizer.finish())
         self._say(token_id, shown + rest + self.stops.finish())
-        self.finish_reason = reason
+        # The last text may have brought a stop text to light.
+        self.finish_reason = "stop" if self.stops.has_stopped else reason
 
     def _say(self, token_id: int, text: str) -> None:
         self.text.append(text)

@@ -1,7 +1,7 @@
-"""Ends an answer at a stop text, also one that spans several tokens.
+"""Ends an answer at a stop text or a run of stop ids, wherever the borders of its tokens fall.
 
-In: pieces of text. Out: the text that is safe to show. Text that could be the beginning of a stop
-text is held back until it is clear what it is.
+In: pieces of text, or token ids. Out: those that are safe to show. What could be the beginning of a
+stop is held back until it is clear what it is.
 """
 
 from __future__ import annotations
@@ -44,5 +44,51 @@ class StopMatcher:
         for length in range(min(longest, len(self._held)), 0, -1):
             end = self._held[-length:]
             if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+class IdStopMatcher:
+    """Watches one answer for runs of token ids that end it."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Args: sequences: runs of ids that end the answer, none of them empty."""
+        self._sequences = tuple(tuple(sequence) for sequence in sequences)
+        self._tail: tuple[int, ...] = ()
+        self._num_held = 0
+        self.has_stopped = False
+
+    def push(self, id: int, *, may_stop: bool = True) -> list[int]:
+        """Take the next id; returns those that may be shown. Sets `has_stopped` at a stop.
+
+        Args:
+            may_stop: whether a run that is complete with this id ends the answer.
+        """
+        if not self._sequences:
+            return [id]
+        longest = max(len(sequence) for sequence in self._sequences)
+        self._tail = (*self._tail, id)[-longest:]
+        self._num_held += 1
+        ends = [s for s in self._sequences if self._tail[-len(s) :] == s]
+        if ends and may_stop:
+            self.has_stopped = True
+            return self._release(max(len(s) for s in ends))
+        return self._release(self._longest_beginning())
+
+    def finish(self) -> list[int]:
+        """What was held back, when the answer ends otherwise."""
+        return self._release(0)
+
+    def _release(self, num_kept: int) -> list[int]:
+        """All held ids but the last `num_kept`."""
+        held = self._tail[len(self._tail) - self._num_held :]
+        self._num_held = num_kept
+        return list(held[: len(held) - num_kept])
+
+    def _longest_beginning(self) -> int:
+        """Length of the longest end of the tail that begins a run and is shorter than it."""
+        for length in range(len(self._tail), 0, -1):
+            end = self._tail[-length:]
+            if any(len(s) > length and s[:length] == end for s in self._sequences):
                 return length
         return 0

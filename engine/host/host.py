@@ -27,7 +27,7 @@ from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.decode.listener import Measured
 from engine.decode.scheduler import Scheduler
 from engine.decode.sequence import DeviceTotals, Sequence
-from engine.errors import Cancelled, EngineError, PlanError, WorkerLost
+from engine.errors import Cancelled, EngineError, PlanError, PromptError, WorkerLost
 from engine.host import messages as api
 from engine.host.nodes import THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
@@ -203,6 +203,16 @@ class EngineHost:
             self._client.send(event, tensors, route)
         except WorkerLost:
             self._routes.discard(route)
+        except PromptError as error:
+            # Longer than a message may be, such as an answer of a million tokens.
+            request_id = getattr(event, "request_id", None)
+            if isinstance(request_id, int):
+                failed = api.CallFailed(
+                    request_id=request_id,
+                    error=type(error).__name__,
+                    message="the answer is too long for one message; its text came as it was made",
+                )
+                self._client.send(failed, [], route)
 
     # ---- text thread -------------------------------------------------------------------------
 
@@ -235,7 +245,7 @@ class EngineHost:
         path = resolve_model(
             call.path, on_progress, cancelled=lambda: request_id in self._calls.cancelled
         )
-        model = OpenedModel(path, call.dtype, call.kv_window)
+        model = OpenedModel(path, call.dtype, call.kv_window, call.kv_dtype)
         # Nothing of the old model may be read by the scheduler when its files close.
         dropped = self.scheduler.drop_plan(PlanError("another model was opened"))
         while not dropped.wait(0.25):
@@ -260,7 +270,9 @@ class EngineHost:
             self._call_soon(lambda: self._send(request_id, event))
 
         if isinstance(call, api.Generate):
-            sequence = model.generation(call, on_text, on_prefill)
+            sequence = model.generation(
+                call, on_text, on_prefill, lambda: request_id in self._calls.cancelled
+            )
         elif isinstance(call, api.Benchmark):
             sequence = model.benchmark(call, on_text, on_prefill)
         else:
@@ -286,6 +298,7 @@ class EngineHost:
             config=model.config,
             dtype=model.dtype,
             kv_window=model.kv_window,
+            kv_dtype=model.kv_dtype,
             file_bytes=model.file_bytes,
             warning=model.warning,
         )
@@ -329,6 +342,8 @@ class EngineHost:
             decode_tps=sequence.decode_tps(),
             devices=_usage(sequence.totals),
             plan=plan,
+            reused_tokens=sequence.num_reused,
+            logprobs=None if sequence.num_logprobs is None else tuple(sequence.logprobs),
         )
         self._call_soon(lambda: self._end(request_id, event))
 
@@ -358,7 +373,9 @@ class EngineHost:
             self._application.end(request_id)
             self._plan = plan
             self._nodes.stop_runners_except({plan.devices[i] for i in plan.used_devices()})
-            self._broadcast(api.PlanApplied(epoch=epoch, plan=plan))
+            self._broadcast(
+                api.PlanApplied(epoch=epoch, plan=plan, memory=self._application.memory)
+            )
             self._end(request_id, api.Done(request_id=request_id))
             self._send_nodes()
 
@@ -408,6 +425,7 @@ def _usage(totals: dict[str, DeviceTotals]) -> tuple[api.DeviceUsage, ...]:
             wait_s=t.wait_ns / 1e9,
             network_s=t.serialise_ns / 1e9,
             network_bytes=t.sent_bytes + t.received_bytes,
+            cache_bytes=t.cache_bytes,
         )
         for device, t in totals.items()
     )

@@ -13,6 +13,7 @@ from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "int8"]
+CacheDtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -30,6 +31,7 @@ class OpenModel(Message, frozen=True):
     path: str | None
     dtype: DtypeChoice = "auto"
     kv_window: int | None = None
+    kv_dtype: CacheDtypeChoice = "auto"
     num_threads: int | None = None
 
 
@@ -62,9 +64,20 @@ class ApplyPlan(Message, frozen=True):
 class SamplingSettings(Message, frozen=True):
     """How the next token is chosen; temperature 0 is greedy.
 
+    Applied in this order, which is that of transformers: bias, repetition, presence and frequency
+    penalty, forbidden ids, temperature, top-k, top-p, min-p. Each filter works on what the one
+    before left, and the likeliest token always stays.
+
     Attributes:
         top_k: 0 means all tokens.
+        top_p: the likeliest tokens, as few as have this much of what top-k left; 1 means all.
+        repetition_penalty: divides positive and multiplies negative logits of every token in
+            prompt and answer; 1 changes nothing.
         seed: None draws one, which `Finished` reports.
+        min_p: tokens at least this many times as likely as the likeliest; 0 means all.
+        presence_penalty: subtracted once from the logit of a token that the answer has.
+        frequency_penalty: subtracted for every time that the answer has it.
+        logit_bias: pairs of token id and what is added to its logit; no id twice.
     """
 
     temperature: float = 0.3
@@ -72,13 +85,22 @@ class SamplingSettings(Message, frozen=True):
     top_p: float = 0.9
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class ChatTurn(Message, frozen=True):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        images: paths of image files on this computer, which come before the text.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
+    images: tuple[str, ...] = ()
 
 
 class Generate(Message, frozen=True):
@@ -87,6 +109,15 @@ class Generate(Message, frozen=True):
     Attributes:
         max_tokens: 0 means up to the KV window.
         stop: texts that end the answer; they are not part of it.
+        stop_ids: token ids that end the answer as EOS does: part of `token_ids`, not of the text.
+        stop_sequences: runs of token ids that end the answer in the same way.
+        min_tokens: until the answer has as many, EOS and `stop_ids` are not chosen, and neither
+            stop texts nor stop sequences end it. Text of earlier tokens is never part of a stop
+            text.
+        logprobs: how many of the likeliest tokens to report with each token (0: the chosen one
+            alone); None reports nothing.
+        batch_index: the request's number in a batch with one seed. Noise is a function of seed,
+            this number and position, so the members differ, and each can be had again alone.
     """
 
     request_id: int
@@ -96,6 +127,11 @@ class Generate(Message, frozen=True):
     sampling: SamplingSettings = SamplingSettings()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    batch_index: int = 0
 
 
 class ComputeLogits(Message, frozen=True):
@@ -172,8 +208,22 @@ class ModelOpened(Message, frozen=True):
     config: ModelConfig
     dtype: str
     kv_window: int
+    kv_dtype: str
     file_bytes: int
     warning: str | None = None
+
+
+class DeviceMemory(Message, frozen=True):
+    """What a device needs under a plan, computed before anything was loaded.
+
+    Attributes:
+        weight_bytes: in compute format.
+        cache_bytes: keys and values of one conversation that fills the KV window.
+    """
+
+    device: str
+    weight_bytes: int
+    cache_bytes: int
 
 
 class PlanApplied(Message, frozen=True):
@@ -181,6 +231,7 @@ class PlanApplied(Message, frozen=True):
 
     epoch: int
     plan: Plan
+    memory: tuple[DeviceMemory, ...] = ()
 
 
 class TokensGenerated(Message, frozen=True):
@@ -192,19 +243,42 @@ class TokensGenerated(Message, frozen=True):
 
 
 class DeviceUsage(Message, frozen=True):
-    """What one device did for a request, or in a stretch of time."""
+    """What one device did for a request, or in a stretch of time.
+
+    Attributes:
+        cache_bytes: memory of keys and values after the last step, of all conversations.
+    """
 
     device: str
     compute_s: float
     wait_s: float
     network_s: float
     network_bytes: int
+    cache_bytes: int
+
+
+class TokenLogprobs(Message, frozen=True):
+    """How likely one token of an answer was.
+
+    Natural logarithms of the model's own distribution: raw logits at temperature 1, before any
+    penalty, bias or filter.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: ids and figures of the likeliest tokens, descending, equal ones by id; the chosen
+            token need not be among them.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Finished(Message, frozen=True):
     """A generation ended.
 
     Attributes:
+        reused_tokens: of the prompt, whose keys and values an earlier conversation had left.
+        logprobs: one for each of `token_ids` where the request asked for them, else None.
         ttft_s: from the call's arrival to the first token.
         prefill_tps, decode_tps: tokens per second; 0 where there was nothing to measure.
     """
@@ -220,6 +294,8 @@ class Finished(Message, frozen=True):
     decode_tps: float
     devices: tuple[DeviceUsage, ...]
     plan: Plan
+    reused_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class LogitsRows(Message, frozen=True):

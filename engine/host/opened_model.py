@@ -6,41 +6,48 @@ In: a path. Out: requests turned into token sequences. It moves no weights.
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from engine.decode.sampling import validate_sampling
+from engine.decode.image_rows import ImageRows
+from engine.decode.request_rules import check_ids, check_logprobs_fit, check_request
 from engine.decode.sequence import Sequence
-from engine.decode.stopping import StopMatcher
+from engine.decode.stopping import IdStopMatcher, StopMatcher
 from engine.errors import CacheFull, ConfigError, PromptError
 from engine.host import messages as api
+from engine.host.kv_settings import choose_dtype, choose_window
 from engine.model.batch import ComputeDtype
+from engine.model.config import CacheDtype
 from engine.text.chat_template import ChatTemplate, Message, encode_chat
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.vision.encoder import ImageEncoder
+from engine.vision.files import read_image_file
+from engine.vision.layout import expand_images, feature_positions, find_image_tokens
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.formats import TensorInfo
 
-DEFAULT_KV_WINDOW = 8192
-MAX_KV_WINDOW = 1 << 24
 BENCHMARK_SEED = 20
 
 
 class OpenedModel:
     """One open model; used by one thread at a time, except `checkpoint`."""
 
-    def __init__(self, path: Path, dtype: api.DtypeChoice, kv_window: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: api.DtypeChoice,
+        kv_window: int | None,
+        kv_dtype: api.CacheDtypeChoice = "auto",
+    ) -> None:
         """Open the file or folder.
 
         Raises: CheckpointError, ConfigError: it cannot be used; the message says why.
         """
-        if kv_window is not None and not 1 <= kv_window <= MAX_KV_WINDOW:
-            raise ConfigError(
-                f"--kv-window {kv_window} is not between 1 and {MAX_KV_WINDOW:,} positions"
-            )
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.config = self.checkpoint.config
@@ -55,8 +62,14 @@ class OpenedModel:
         except Exception:
             self.checkpoint.close()
             raise
+        self._image_encoder = ImageEncoder(path) if self.config.vision is not None else None
         self.dtype: ComputeDtype = self._choose_dtype(dtype)
-        self.kv_window = kv_window or min(self.config.max_positions, DEFAULT_KV_WINDOW)
+        try:
+            self.kv_window = choose_window(kv_window, os.environ, self.config.max_positions)
+            self.kv_dtype: CacheDtype = choose_dtype(kv_dtype, os.environ, self.dtype)
+        except ConfigError:
+            self.close()
+            raise
         self.tensors = tuple(self.checkpoint.tensors.values())
         self.identity = _identity(path, self.tensors)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -81,6 +94,8 @@ class OpenedModel:
     def close(self) -> None:
         """Close files and the template's process."""
         self.template.close()
+        if self._image_encoder is not None:
+            self._image_encoder.close()
         self.checkpoint.close()
 
     # ---- requests ----------------------------------------------------------------------------
@@ -90,36 +105,50 @@ class OpenedModel:
         call: api.Generate,
         on_text: Callable[[int, str], None],
         on_prefill: Callable[[int, int], None],
+        is_cancelled: Callable[[], bool],
     ) -> Sequence:
         """A sequence that answers a chat or continues a raw prompt.
 
-        Raises: PromptError, CacheFull: the request breaks a rule, or does not fit the window.
+        Raises:
+            PromptError, CacheFull: the request breaks a rule, or does not fit the window.
+            Cancelled: `is_cancelled` said so while images were encoded.
         """
-        validate_sampling(call.sampling)
-        if call.max_tokens < 0:
-            raise PromptError(f"max_tokens must be 0 (no limit) or more, got {call.max_tokens}")
+        check_request(call, self.config.vocab_size)
         if call.raw_prompt is not None:
             ids = self.tokenizer.encode(call.raw_prompt)
             if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None:
                 ids = [self.tokenizer.bos_id, *ids]
         else:
-            turns = [Message(turn.role, turn.content) for turn in call.turns]
+            turns = [Message(t.role, t.content, len(t.images)) for t in call.turns]
             if not turns:
                 raise PromptError("the conversation has no message; write one")
             ids = encode_chat(self.tokenizer, self.template, turns)
         if not ids:
             raise PromptError("the prompt is empty; write at least one character")
-        eos_ids = frozenset[int]() if call.ignore_eos else self.tokenizer.eos_ids
-        return self._sequence(
-            call.request_id,
-            ids,
-            call.max_tokens,
-            call.sampling,
-            eos_ids,
-            call.stop,
-            on_text,
-            on_prefill,
-        )
+        paths = [path for turn in call.turns for path in turn.images]
+        images: ImageRows | None = None
+        if paths:
+            ids, images = self._with_images(ids, paths, is_cancelled)
+        sequence = self._sequence(call, ids, on_text, on_prefill)
+        sequence.images = images
+        return sequence
+
+    def _with_images(
+        self, ids: list[int], paths: list[str], is_cancelled: Callable[[], bool]
+    ) -> tuple[list[int], ImageRows]:
+        """Put the tokens of images in their places, and compute their features."""
+        vision = self.config.vision
+        if vision is None or self._image_encoder is None:
+            raise PromptError(
+                f"{len(paths)} image(s) were given, but {self.path.name} reads text only. Leave "
+                "them out, or open a model with an image encoder, such as Llama 4"
+            )
+        tokens = find_image_tokens(self.tokenizer.control_id, vision)
+        files = [read_image_file(path, n) for n, path in enumerate(paths, start=1)]
+        encoded = self._image_encoder.encode(files, is_cancelled)
+        ids = expand_images(ids, encoded.grids, tokens, vision.tokens_per_tile)
+        positions = feature_positions(ids, len(encoded.features), vision.image_token_id)
+        return ids, ImageRows(positions, encoded.features)
 
     def benchmark(
         self,
@@ -132,49 +161,27 @@ class OpenedModel:
             raise PromptError("a benchmark needs at least one prompt and one generated token")
         random = np.random.default_rng(BENCHMARK_SEED)
         ids = random.integers(0, self.tokenizer.vocab_size, call.prompt_tokens).tolist()
-        greedy = api.SamplingSettings(temperature=0.0)
-        return self._sequence(
-            call.request_id,
-            ids,
-            call.generated_tokens,
-            greedy,
-            frozenset(),
-            (),
-            on_text,
-            on_prefill,
+        sequence = self._sequence(
+            _greedy(call.request_id, call.generated_tokens), ids, on_text, on_prefill
         )
+        sequence.may_reuse = False
+        return sequence
 
     def logits(self, call: api.ComputeLogits, on_prefill: Callable[[int, int], None]) -> Sequence:
         """A sequence whose logits are wanted at every position."""
         if not call.ids:
             raise PromptError("no token ids were given; name at least one")
-        bad = next((i for i in call.ids if not 0 <= i < self.config.vocab_size), None)
-        if bad is not None:
-            raise PromptError(
-                f"token id {bad} is not in the vocabulary of {self.config.vocab_size:,} "
-                f"(0 to {self.config.vocab_size - 1})"
-            )
+        check_ids(call.ids, self.config.vocab_size)
         sequence = self._sequence(
-            call.request_id,
-            list(call.ids),
-            1,
-            api.SamplingSettings(temperature=0.0),
-            frozenset(),
-            (),
-            lambda _id, _text: None,
-            on_prefill,
+            _greedy(call.request_id, 1), list(call.ids), lambda _id, _text: None, on_prefill
         )
-        sequence.logits_only = True
+        sequence.logits_only, sequence.may_reuse = True, False
         return sequence
 
     def _sequence(
         self,
-        request_id: int,
+        call: api.Generate,
         ids: list[int],
-        max_tokens: int,
-        settings: api.SamplingSettings,
-        eos_ids: frozenset[int],
-        stops: tuple[str, ...],
         on_text: Callable[[int, str], None],
         on_prefill: Callable[[int, int], None],
     ) -> Sequence:
@@ -183,21 +190,49 @@ class OpenedModel:
                 f"the prompt needs {len(ids):,} positions, the KV window has "
                 f"{self.kv_window:,}. Shorten it, or raise --kv-window"
             )
-        # The last generated token needs no place in the window.
-        room = self.kv_window - len(ids) + 1
+        # Without a limit an answer ends where the window is full; with one it may slide past
+        # that. The last token needs no place.
+        max_tokens = call.max_tokens or max(self.kv_window - len(ids) + 1, call.min_tokens)
+        check_logprobs_fit(call.logprobs, max_tokens)
+        eos_ids = frozenset[int]() if call.ignore_eos else self.tokenizer.eos_ids
+        # A run of one id is a stop id, so that min_tokens forbids it too.
+        runs = [run for run in call.stop_sequences if len(run) > 1]
+        single = {run[0] for run in call.stop_sequences if len(run) == 1}
+        stop_ids = frozenset(call.stop_ids) | single
+        settings = call.sampling
+        if call.min_tokens and len(eos_ids | stop_ids) >= self.config.vocab_size:
+            raise PromptError(
+                f"min_tokens {call.min_tokens:,} forbids every token: all are stop ids. "
+                "Leave some out"
+            )
         return Sequence(
-            request_id=request_id,
+            request_id=call.request_id,
             ids=ids,
             num_prompt=len(ids),
-            max_tokens=min(max_tokens or room, room),
+            max_tokens=max_tokens,
             settings=settings,
             seed=settings.seed if settings.seed is not None else secrets.randbits(63),
             eos_ids=eos_ids,
-            stops=StopMatcher(stops),
-            detokenizer=IncrementalDetokenizer(self.tokenizer),
+            stops=StopMatcher(call.stop),
+            detokenizer=IncrementalDetokenizer(self.tokenizer, is_start=call.raw_prompt is None),
             on_text=on_text,
             on_prefill=on_prefill,
+            stop_ids=stop_ids,
+            id_stops=IdStopMatcher(runs),
+            min_tokens=call.min_tokens,
+            num_logprobs=call.logprobs,
+            batch_index=call.batch_index,
         )
+
+
+def _greedy(request_id: int, max_tokens: int) -> api.Generate:
+    """A call for exactly so many of the likeliest tokens."""
+    return api.Generate(
+        request_id=request_id,
+        max_tokens=max_tokens,
+        sampling=api.SamplingSettings(temperature=0.0),
+        ignore_eos=True,
+    )
 
 
 def _identity(path: Path, tensors: tuple[TensorInfo, ...]) -> str:

@@ -21,6 +21,7 @@ from engine.errors import EngineError, PlanError
 from engine.host import messages as api
 from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
+from engine.model.memory import check_memory, plan_memory
 from engine.plan.plan import Plan, PlanShape
 
 
@@ -41,7 +42,11 @@ class _Job:
 
 
 class PlanApplication:
-    """At most one plan at a time is on its way."""
+    """At most one plan at a time is on its way.
+
+    Attributes:
+        memory: what the devices of the last plan that could be loaded need.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class PlanApplication:
         self._fail = fail
         self._job: _Job | None = None
         self._epoch = 0
+        self.memory: tuple[api.DeviceMemory, ...] = ()
 
     @property
     def is_active(self) -> bool:
@@ -193,21 +199,50 @@ class PlanApplication:
         return "127.0.0.1"
 
     def _load(self, job: _Job, runners: list[RunnerAddress]) -> None:
+        model = job.model
+        try:
+            needs = plan_memory(
+                model.config,
+                job.plan,
+                model.checkpoint.tensors,
+                model.dtype,
+                model.kv_window,
+                model.kv_dtype,
+            )
+            check_memory(needs, self._memory_pools(job), model.kv_window)
+            self.memory = tuple(
+                api.DeviceMemory(device=name, weight_bytes=need.weights, cache_bytes=need.cache)
+                for name, need in needs.items()
+            )
+        except EngineError as error:
+            self._job = None
+            self._fail(job.request_id, error)
+            return
         job.is_loading = True
         self._epoch += 1
-        model = job.model
         load = LoadRequest(
             epoch=self._epoch,
             config=model.config,
             plan=job.plan,
             dtype=model.dtype,
             kv_window=model.kv_window,
+            kv_dtype=model.kv_dtype,
             threads=self._threads_for(job),
             checkpoint_id=model.identity,
             tensors=model.tensors,
             source=model.checkpoint,
         )
         self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
+
+    def _memory_pools(self, job: _Job) -> dict[str, tuple[str, int]]:
+        """The memory each device draws on: its own on a GPU, its computer's on a CPU."""
+        pools: dict[str, tuple[str, int]] = {}
+        for device in job.devices:
+            info = self._nodes.info(device)
+            assert info is not None
+            computer, is_cpu = self._computer(device)
+            pools[device] = (computer if is_cpu else device, info.memory_bytes)
+        return pools
 
     def _threads_for(self, job: _Job) -> dict[str, int]:
         """Threads of each runner: as asked, else the cores of its computer shared out."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from engine.model.batch import INT8_GROUP as GROUP
 from engine.model.batch import ComputeDtype, StepKind
 
-GROUP = 32
 # Rows of an int8 matrix that are dequantised at a time: a scratch buffer that stays in cache.
 SCRATCH_ELEMENTS = 1 << 19
 

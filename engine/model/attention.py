@@ -1,4 +1,4 @@
-"""Grouped-query attention of one sequence's new tokens over its cache.
+"""Grouped-query attention of one sequence's new tokens over what its cache shows them.
 
 T new tokens, S cached tokens (the new ones included), H query heads, K kv heads, D head width.
 """
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.model.masks import causal_mask
+from engine.model.kv_cache import CachedKeys
+from engine.model.masks import visible_mask
+from engine.model.view import View
 
 
 def kv_groups(first_head: int, end_head: int, heads_per_kv: int) -> Iterator[tuple[int, int, int]]:
@@ -36,43 +38,55 @@ def kv_groups(first_head: int, end_head: int, heads_per_kv: int) -> Iterator[tup
 
 def attend(
     query_THD: Tensor,
-    keys_KSD: Tensor,
-    values_KSD: Tensor,
-    first_position: int,
+    cached: CachedKeys,
+    query_positions_T: Tensor,
+    view: View,
     groups: list[tuple[int, int, int]],
+    scale: float,
 ) -> Tensor:
-    """Causal attention.
+    """Attention over what the view shows of the cache.
 
     Args:
-        query_THD: rotated queries at positions first_position, first_position + 1, …
-        keys_KSD, values_KSD: positions 0 … S - 1, in the dtype to compute in.
+        query_THD: queries, rotated where the layer has RoPE.
+        cached: keys and values in the dtype to compute in, those of the queries' tokens included.
+        query_positions_T: int64 [T], consecutive.
         groups: from `kv_groups`, in the order of the heads.
+        scale: factor of q · k.
     Returns: [T, H, D] in that dtype.
     """
     num_tokens, _, head_width = query_THD.shape
+    keys_KSD, values_KSD = cached.keys, cached.values
     num_keys = keys_KSD.shape[1]
     query_HTD = query_THD.to(keys_KSD.dtype).transpose(0, 1)
     mask: Tensor | None = None
     # is_causal aligns top-left: with earlier tokens in the cache it would hide the wrong keys.
-    is_causal = num_tokens > 1 and first_position == 0
-    if num_tokens > 1 and not is_causal:
-        key_positions = torch.arange(num_keys, device=query_THD.device)
-        mask = causal_mask(key_positions[first_position:], key_positions)
+    is_causal = 1 < num_tokens == num_keys <= (view.chunk or view.reach) and (
+        cached.first_position == 0
+    )
+    # One token sees every key it was handed, unless they come as a ring.
+    if not is_causal and (num_tokens > 1 or cached.first_position is None):
+        mask = visible_mask(view, query_positions_T, _key_positions(cached))
     outputs: list[Tensor] = []
     head = kv_head = 0
     for num_heads, num_kv, heads_per_kv in groups:
         shape = (num_kv, heads_per_kv, num_keys, head_width)
+        query = query_HTD[head : head + num_heads]
+        query = query.reshape(num_kv, heads_per_kv, num_tokens, head_width)
+        keys = keys_KSD[kv_head : kv_head + num_kv, None].expand(shape)
+        values = values_KSD[kv_head : kv_head + num_kv, None].expand(shape)
         output = scaled_dot_product_attention(
-            query_HTD[head : head + num_heads].reshape(
-                num_kv, heads_per_kv, num_tokens, head_width
-            ),
-            keys_KSD[kv_head : kv_head + num_kv, None].expand(shape),
-            values_KSD[kv_head : kv_head + num_kv, None].expand(shape),
-            attn_mask=mask,
-            is_causal=is_causal,
+            query, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale
         )
         outputs.append(output.reshape(num_heads, num_tokens, head_width))
         head += num_heads
         kv_head += num_kv
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.transpose(0, 1)
+
+
+def _key_positions(cached: CachedKeys) -> Tensor:
+    if cached.positions is not None:
+        return cached.positions
+    assert cached.first_position is not None
+    first, count = cached.first_position, cached.keys.shape[1]
+    return torch.arange(first, first + count, device=cached.keys.device)

@@ -12,6 +12,10 @@ ComputeDtype = Literal["float32", "bfloat16", "int8"]
 StepKind = Literal["prompt", "generated"]
 
 
+# Columns that share one scale in int8.
+INT8_GROUP = 32
+
+
 class Segment(
     msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True
 ):

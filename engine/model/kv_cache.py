@@ -1,56 +1,97 @@
 """Keys and values of past tokens, per slot and layer, for the KV heads a device holds.
 
-A slot is one sequence's place. Its tensors grow by doubling up to the window and are dropped when
-the slot is freed. H kv heads of this device, S cached tokens, D head width.
+A slot is one sequence's place. Each layer keeps what its view can still see, in a ring that grows
+by doubling up to view + longest step, and is dropped when the slot is freed. Positions go on
+counting when the oldest leave. H kv heads of this device, S cached tokens, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.errors import CacheFull, ProtocolError
+from engine.errors import ProtocolError
+from engine.model.config import CacheDtype, ModelConfig
+from engine.model.view import LONGEST_STEP, View, can_truncate
 
-FIRST_CAPACITY = 256
+CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CachedKeys:
+    """What new tokens attend over.
+
+    Attributes:
+        keys, values: [H, S, D] views, in the cache's dtype.
+        first_position: of the first key, when they lie in order; None in a ring that has wrapped.
+        positions: int64 [S] for a wrapped ring, else None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_position: int | None
+    positions: Tensor | None
 
 
 class LayerCache:
     """Keys and values of one layer of one slot."""
 
-    def __init__(self, num_heads: int, head_width: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, num_heads: int, head_width: int, view: View, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Args: num_heads: KV heads held here, at least 1."""
-        self._shape = (num_heads, 0, head_width)
-        self._keys = torch.empty(self._shape, dtype=dtype, device=device)
-        self._values = torch.empty(self._shape, dtype=dtype, device=device)
+        self.view = view
+        self._limit = view.ring_capacity
+        shape = (num_heads, 0, head_width)
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
 
-    def append(
-        self, first_position: int, keys_THD: Tensor, values_THD: Tensor, window: int
-    ) -> tuple[Tensor, Tensor]:
+    def append(self, first_position: int, keys_THD: Tensor, values_THD: Tensor) -> CachedKeys:
         """Write new tokens at their positions; whatever was there or later is gone.
 
-        Returns: keys and values [H, S, D] of positions 0 up to the last new one, as views.
+        Args:
+            keys_THD: at most LONGEST_STEP tokens.
+        Returns: everything that they may see, and perhaps more: the mask decides.
         """
-        end = first_position + keys_THD.shape[0]
-        if end > self._keys.shape[1]:
-            self._grow(end, first_position, window)
-        self._keys[:, first_position:end] = keys_THD.transpose(0, 1)
-        self._values[:, first_position:end] = values_THD.transpose(0, 1)
-        return self._keys[:, :end], self._values[:, :end]
+        count = keys_THD.shape[0]
+        end = first_position + count
+        if end > self._keys.shape[1] and self._keys.shape[1] < self._limit:
+            self._grow(end)
+        capacity = self._keys.shape[1]
+        start = first_position % capacity
+        fits = min(count, capacity - start)
+        for held, new in ((self._keys, keys_THD), (self._values, values_THD)):
+            held[:, start : start + fits] = new[:fits].transpose(0, 1)
+            if fits < count:
+                held[:, : count - fits] = new[fits:].transpose(0, 1)
+        if end <= capacity:
+            first = self.view.first_visible(first_position)
+            return CachedKeys(self._keys[:, first:end], self._values[:, first:end], first, None)
+        # The slot at index i holds the latest position that is i modulo the capacity. After a cut
+        # some are older than that says, and out of every view: see `can_truncate`.
+        index = torch.arange(capacity, device=self._keys.device)
+        positions = end - 1 - (end - 1 - index) % capacity
+        return CachedKeys(self._keys, self._values, None, positions)
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
         return self._keys.nbytes + self._values.nbytes
 
-    def _grow(self, needed: int, kept: int, window: int) -> None:
-        capacity = max(FIRST_CAPACITY, 2 * self._keys.shape[1], needed)
-        capacity = max(min(capacity, window), needed)
+    def _grow(self, needed: int) -> None:
+        # Not a ring yet: position p lies at index p.
+        capacity = self.view.held_positions(needed)
         for name in ("_keys", "_values"):
             old: Tensor = getattr(self, name)
             new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, :kept] = old[:, :kept]
+            new[:, : old.shape[1]] = old
             setattr(self, name, new)
 
 
@@ -59,55 +100,70 @@ class KVCache:
 
     def __init__(
         self,
+        config: ModelConfig,
         kv_heads_by_layer: Mapping[int, int],
-        head_width: int,
         window: int,
-        dtype: torch.dtype,
+        dtype: CacheDtype,
         device: torch.device,
     ) -> None:
         """Args: kv_heads_by_layer: KV heads held here, for each layer with any."""
         self.window = window
+        self._head_width = config.head_width
         self._kv_heads_by_layer = dict(kv_heads_by_layer)
-        self._head_width = head_width
-        self._dtype = dtype
+        self._views = {n: View.of_layer(config.layers[n], window) for n in kv_heads_by_layer}
+        self._dtype = CACHE_DTYPES[dtype]
         self._device = device
+        self._config = config
         self._lengths: dict[int, int] = {}
+        self._written: dict[int, int] = {}
         self._layers: dict[int, dict[int, LayerCache]] = {}
 
     def extend(self, slot: int, first_position: int, token_count: int) -> None:
         """Announce new tokens of a slot; a slot begins to exist with position 0.
 
-        Raises:
-            ProtocolError: the tokens do not follow those already there.
-            CacheFull: they pass the window.
+        Raises: ProtocolError: the tokens do not follow those already there, or are too many.
         """
         length = self._lengths.get(slot, 0)
         if first_position != length:
             raise ProtocolError(f"slot {slot}: expected position {length}, got {first_position}")
-        if first_position + token_count > self.window:
-            raise CacheFull(
-                f"slot {slot} needs {first_position + token_count:,} positions, its window has "
-                f"{self.window:,}. Shorten the prompt, or raise --kv-window"
+        if token_count > LONGEST_STEP:
+            raise ProtocolError(
+                f"slot {slot}: {token_count:,} tokens in one step, at most {LONGEST_STEP:,} fit"
             )
-        self._lengths[slot] = first_position + token_count
+        end = self._lengths[slot] = first_position + token_count
+        self._written[slot] = max(end, self._written.get(slot, 0))
 
     def layer(self, slot: int, layer: int) -> LayerCache:
         """The cache of one layer of a slot, made at first use."""
         layers = self._layers.setdefault(slot, {})
         if layer not in layers:
             layers[layer] = LayerCache(
-                self._kv_heads_by_layer[layer], self._head_width, self._dtype, self._device
+                self._kv_heads_by_layer[layer],
+                self._head_width,
+                self._views[layer],
+                self._dtype,
+                self._device,
             )
         return layers[layer]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget positions from `length` on; a shorter slot stays as it is."""
-        if slot in self._lengths:
-            self._lengths[slot] = min(length, self._lengths[slot])
+        """Forget positions from `length` on; a shorter slot stays as it is.
+
+        Raises: ProtocolError: what the next token must see has left the ring.
+        """
+        if length >= self._lengths.get(slot, 0):
+            return
+        written = self._written[slot]
+        if length < 0 or not can_truncate(self._config, self.window, written, length):
+            raise ProtocolError(
+                f"slot {slot} of {written:,} positions cannot be cut back to {length:,}"
+            )
+        self._lengths[slot] = length
 
     def free(self, slot: int) -> None:
         """Drop a slot and its memory; an unknown slot is already free."""
         self._lengths.pop(slot, None)
+        self._written.pop(slot, None)
         self._layers.pop(slot, None)
 
     @property

@@ -1,25 +1,22 @@
-"""A device's share of a model under a plan: which slices it needs, and the rows it computes.
+"""A device's share of a model under a plan: which weights it needs, and the rows it computes.
 
-In: a plan, a device's column, and the slices in file format. Out: partial sums per plan row. It
-opens no file and no socket: the slices come from whoever holds the checkpoint.
+In: a plan, a device's column, and packed weights. Out: partial sums per plan row, and the residual
+stream after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import ProtocolError
-from engine.kernels.matrices import Int8Matrix, Matrix, make_matrix
+from engine.kernels.matrices import Matrix
 from engine.kernels.torch_kernels import (
     AttentionShare,
     Batch,
     HeadShare,
+    Mlp,
     MlpShare,
     attention_part,
     head_part,
@@ -27,119 +24,14 @@ from engine.kernels.torch_kernels import (
 )
 from engine.model.attention import kv_groups
 from engine.model.batch import ComputeDtype, Segment, StepKind
-from engine.model.config import ModelConfig
+from engine.model.config import CacheDtype, ModelConfig
 from engine.model.kv_cache import KVCache
-from engine.model.rope import RopeTable
+from engine.model.norm import rms_norm
+from engine.model.rope import RopeTable, temperature_scale
+from engine.model.share_keys import RowKeys, WeightKey, kv_heads_of, post_norm_key, row_keys
 from engine.plan.plan import Plan
-from engine.weights.formats import TensorInfo, dequantize, format_named, num_bytes
 
-RawBytes = NDArray[np.uint8]
-
-# In which values wait to be packed: bfloat16 rounds each once, int8 is quantised from float32.
-JOINED_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
-
-
-class SliceKey(NamedTuple):
-    """Part of a canonical tensor: elements [start, end) along an axis."""
-
-    name: str
-    axis: int
-    start: int
-    end: int
-
-
-class WeightKey(NamedTuple):
-    """A matrix or vector in compute format: slices stacked along rows."""
-
-    slices: tuple[SliceKey, ...]
-    column_block: int
-
-
-class WeightStore:
-    """Packed weights by key, so that a new plan keeps what it shares with the old one."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, TensorInfo],
-        dtype: ComputeDtype,
-        device: torch.device,
-        previous: Mapping[WeightKey, Matrix | Tensor],
-    ) -> None:
-        """Args: tensors: format and shape of every tensor in the engine host's checkpoint."""
-        self._tensors = tensors
-        self._dtype: ComputeDtype = dtype
-        self._device = device
-        self._previous = previous
-        self.packed: dict[WeightKey, Matrix | Tensor] = {}
-
-    def stored_slice(self, key: SliceKey) -> SliceKey:
-        """The slice widened to whole blocks of the file's format."""
-        info = self._info(key.name)
-        if key.axis == 0 and len(info.shape) > 1:
-            return key
-        block = format_named(info.format).block_size
-        end = min(-(-key.end // block) * block, info.shape[key.axis])
-        return key._replace(start=key.start // block * block, end=end)
-
-    def stored_bytes(self, key: SliceKey) -> int:
-        """Bytes of a widened slice in file format."""
-        return num_bytes(self._info(key.name).format, self.stored_shape(key))
-
-    def stored_shape(self, key: SliceKey) -> tuple[int, ...]:
-        """Shape of a widened slice."""
-        shape = list(self._info(key.name).shape)
-        shape[key.axis] = key.end - key.start
-        return tuple(shape)
-
-    def missing(self, keys: list[WeightKey]) -> list[WeightKey]:
-        """Take over from the previous store; returns what must be fetched."""
-        for key in keys:
-            if key in self._previous:
-                self.packed[key] = self._previous[key]
-        self._previous = dict[
-            WeightKey, Matrix | Tensor
-        ]()  # What only the old plan needed is freed before new weights come.
-        return [key for key in keys if key not in self.packed]
-
-    def pack(self, key: WeightKey, raw: list[RawBytes]) -> None:
-        """Turn slices in file format into a weight in compute format.
-
-        Args:
-            raw: for each slice of the key, the bytes of its widened slice.
-        """
-        infos = [self._info(s.name) for s in key.slices]
-        wides = [self.stored_slice(s) for s in key.slices]
-        if len(infos[0].shape) == 1:
-            values = dequantize(infos[0].format, raw[0], infos[0].shape)
-            self.packed[key] = torch.as_tensor(values).to(self._device)
-            return
-        is_whole = all(s == w for s, w in zip(key.slices, wides, strict=True))
-        is_q8_0 = all(info.format == "Q8_0" for info in infos)
-        columns = self.stored_shape(wides[0])[1]
-        if self._dtype == "int8" and is_q8_0 and is_whole and key.column_block % 32 == 0:
-            rows = sum(self.stored_shape(w)[0] for w in wides)
-            joined = np.concatenate([r.reshape(-1) for r in raw])
-            self.packed[key] = Int8Matrix.from_q8_0(joined, rows, columns).to(self._device)
-            return
-        rows = [self.stored_shape(narrow)[0] for narrow in key.slices]
-        columns = self.stored_shape(key.slices[0])[1]
-        joined_values = torch.empty(sum(rows), columns, dtype=JOINED_TYPES[self._dtype])
-        start = 0
-        for narrow, wide, info, data in zip(key.slices, wides, infos, raw, strict=True):
-            values = dequantize(info.format, data, self.stored_shape(wide))
-            if narrow.axis == 1:
-                values = values[:, narrow.start - wide.start : narrow.end - wide.start]
-            end = start + values.shape[0]
-            joined_values[start:end] = torch.as_tensor(values)
-            start = end
-        block = key.column_block or columns
-        self.packed[key] = make_matrix(joined_values, self._dtype, self._device, block)
-
-    def _info(self, name: str) -> TensorInfo:
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise ProtocolError(f"the model has no tensor {name!r}") from None
+Packed = Mapping[WeightKey, Matrix | Tensor]
 
 
 class ModelShard:
@@ -152,6 +44,7 @@ class ModelShard:
         device_index: int,
         dtype: ComputeDtype,
         kv_window: int,
+        kv_dtype: CacheDtype,
         device: torch.device,
     ) -> None:
         """Args: device_index: this device's column of the plan."""
@@ -160,59 +53,41 @@ class ModelShard:
         self.dtype: ComputeDtype = dtype
         self._index = device_index
         self._device = device
-        self._rope = RopeTable(config.head_width, config.rope_theta, device)
+        self._ropes = [RopeTable(rope, config.head_width, device) for rope in config.ropes]
         self._shares: dict[int, AttentionShare | MlpShare | HeadShare] = {}
-        kv_heads = {
-            layer: end - start
-            for layer in range(config.num_layers)
-            for start, end in [plan.kv_head_range(plan.shape.attention_row(layer), device_index)]
-            if end > start
-        }
-        cache_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        self.cache = KVCache(kv_heads, config.head_width, kv_window, cache_dtype, device)
+        self._post_norms: dict[int, Tensor] = {}
+        heads = kv_heads_of(plan, device_index)
+        self.cache = KVCache(config, heads, kv_window, kv_dtype, device)
 
     def weight_keys(self) -> list[WeightKey]:
         """Every weight this share needs, in the order of the rows."""
-        return [key for row in self._rows() for key in self._row_keys(row)]
+        keys: list[WeightKey] = []
+        for row in range(self.plan.shape.num_rows):
+            keys += self._row_keys(row).values()
+            post_norm = self._post_norm_key(row)
+            if post_norm is not None:
+                keys.append(post_norm)
+        return keys
 
-    def take(self, packed: Mapping[WeightKey, Any]) -> None:
+    def take(self, packed: Packed) -> None:
         """Build the shares from packed weights; all of `weight_keys` must be there."""
-        config, plan = self.config, self.plan
-        for row in self._rows():
-            weights = [packed[key] for key in self._row_keys(row)]
-            start, end = plan.unit_range(row, self._index)
-            kind = plan.shape.row_kind(row)
-            if kind == "attention":
-                kv_start, kv_end = plan.kv_head_range(row, self._index)
-                self._shares[row] = AttentionShare(
-                    layer=row // 2,
-                    norm=weights[0],
-                    qkv=weights[1],
-                    output=weights[2],
-                    num_heads=end - start,
-                    num_kv_heads=kv_end - kv_start,
-                    groups=list(kv_groups(start, end, config.heads_per_kv)),
-                )
-            elif kind == "mlp":
-                self._shares[row] = MlpShare(norm=weights[0], gate_up=weights[1], down=weights[2])
-            else:
-                self._shares[row] = HeadShare(norm=weights[0], matrix=weights[1])
+        for row in range(self.plan.shape.num_rows):
+            keys = self._row_keys(row)
+            if keys:
+                self._shares[row] = self._share(row, _Roles(keys, packed, self.config))
+            post_norm = self._post_norm_key(row)
+            if post_norm is not None:
+                roles = _Roles({"norm": post_norm}, packed, self.config)
+                self._post_norms[row] = roles.norm("norm")
 
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.
 
-        Raises:
-            ProtocolError: a segment does not follow its slot's tokens.
-            CacheFull: a segment passes the window.
+        Raises: ProtocolError: a segment does not follow its slot's tokens.
         """
         for segment in segments:
             self.cache.extend(segment.slot, segment.first_position, segment.token_count)
-        positions = torch.cat(
-            [torch.arange(s.first_position, s.first_position + s.token_count) for s in segments]
-        ).to(self._device)
-        end = max(s.first_position + s.token_count for s in segments)
-        cos, sin = self._rope.rows(positions, end)
-        return Batch(kind=kind, segments=segments, cos=cos, sin=sin)
+        return make_batch(kind, segments, self._ropes, self.config, self._device)
 
     def part(self, row: int, x: Tensor, batch: Batch) -> Tensor:
         """This device's partial sum of an attention or mlp row."""
@@ -222,54 +97,113 @@ class ModelShard:
         assert isinstance(share, MlpShare)
         return mlp_part(x, share, batch.kind, self.config)
 
+    def add(self, row: int, x: Tensor, total: Tensor) -> Tensor:
+        """The residual stream after a row, from the sum of all its parts."""
+        norm = self._post_norms.get(row)
+        if norm is not None:
+            total = rms_norm(total, norm, self.config.norm_epsilon)
+        return x + total
+
     def logits(self, x_NW: Tensor) -> Tensor:
         """Raw logits [N, rows] of this device's vocabulary rows."""
         share = self._shares[self.plan.shape.head_row]
         assert isinstance(share, HeadShare)
         return head_part(x_NW, share, self.config)
 
-    def _rows(self) -> Iterator[int]:
-        plan = self.plan
-        return (r for r in range(plan.shape.num_rows) if plan.cells[r][self._index])
+    def _row_keys(self, row: int) -> RowKeys:
+        return row_keys(self.config, self.plan, row, self._index)
 
-    def _row_keys(self, row: int) -> list[WeightKey]:
-        plan, width = self.plan, self.config.head_width
+    def _post_norm_key(self, row: int) -> WeightKey | None:
+        """The row's post-norm, where this device adds the row's sum to the residual stream."""
+        if row == self.plan.shape.head_row:
+            return None
+        if self._index not in {*self.plan.group(row), *self.plan.group(row + 1)}:
+            return None
+        return post_norm_key(self.config, row)
+
+    def _share(self, row: int, roles: _Roles) -> AttentionShare | MlpShare | HeadShare:
+        config, plan = self.config, self.plan
         kind = plan.shape.row_kind(row)
-        start, end = plan.unit_range(row, self._index)
         if kind == "head":
-            return [
-                self._vector("final_norm"),
-                WeightKey((SliceKey("head", 0, start, end),), 0),
-            ]
-        prefix = f"layers.{row // 2}."
+            return HeadShare(norm=roles.norm("norm"), matrix=roles.matrix("head"))
         if kind == "mlp":
-            gate = SliceKey(prefix + "gate", 0, start, end)
-            up = SliceKey(prefix + "up", 0, start, end)
-            return [
-                self._vector(prefix + "mlp_norm"),
-                WeightKey((gate, up), 0),
-                WeightKey((SliceKey(prefix + "down", 1, start, end),), 0),
-            ]
-        kv_start, kv_end = (n * width for n in plan.kv_head_range(row, self._index))
-        query = SliceKey(prefix + "q", 0, start * width, end * width)
-        key = SliceKey(prefix + "k", 0, kv_start, kv_end)
-        value = SliceKey(prefix + "v", 0, kv_start, kv_end)
-        output = SliceKey(prefix + "o", 1, start * width, end * width)
-        return [
-            self._vector(prefix + "attention_norm"),
-            WeightKey((query, key, value), 0),
-            WeightKey((output,), width),
-        ]
+            num_experts = sum(1 for role in roles.keys if role.startswith("expert ")) // 2
+            return MlpShare(
+                norm=roles.norm("norm"),
+                dense=roles.mlp("dense") if "dense down" in roles.keys else None,
+                router=roles.tensor("router"),
+                experts=tuple(roles.mlp(f"expert {n}") for n in range(num_experts)),
+            )
+        start, end = plan.unit_range(row, self._index)
+        kv_start, kv_end = plan.kv_head_range(row, self._index)
+        return AttentionShare(
+            layer=row // 2,
+            norm=roles.norm("norm"),
+            qkv=roles.matrix("qkv"),
+            output=roles.matrix("output"),
+            num_heads=end - start,
+            num_kv_heads=kv_end - kv_start,
+            groups=list(kv_groups(start, end, config.heads_per_kv)),
+            qkv_bias=roles.tensor("qkv_bias"),
+            output_bias=roles.tensor("output_bias"),
+            q_norm=roles.norm("q_norm") if "q_norm" in roles.keys else None,
+            k_norm=roles.norm("k_norm") if "k_norm" in roles.keys else None,
+        )
 
-    def _vector(self, name: str) -> WeightKey:
-        return WeightKey((SliceKey(name, 0, 0, self.config.width),), 0)
+
+class _Roles:
+    """Packed weights of a row by their role."""
+
+    def __init__(self, keys: RowKeys, packed: Packed, config: ModelConfig) -> None:
+        self.keys = keys
+        self._packed = packed
+        self._adds_one = config.norm_adds_one
+
+    def tensor(self, role: str) -> Tensor | None:
+        """A plain tensor, or None where the model has none."""
+        if role not in self.keys:
+            return None
+        found = self._packed[self.keys[role]]
+        assert isinstance(found, Tensor)
+        return found
+
+    def norm(self, role: str) -> Tensor:
+        """What a norm multiplies by."""
+        found = self.tensor(role)
+        assert found is not None
+        return found + 1 if self._adds_one else found
+
+    def matrix(self, role: str) -> Matrix:
+        """A packed matrix."""
+        found = self._packed[self.keys[role]]
+        assert not isinstance(found, Tensor)
+        return found
+
+    def mlp(self, role: str) -> Mlp:
+        """A gated MLP."""
+        return Mlp(gate_up=self.matrix(f"{role} gate_up"), down=self.matrix(f"{role} down"))
 
 
-def fetch_weights(
-    store: WeightStore,
-    keys: list[WeightKey],
-    fetch: Callable[[SliceKey], RawBytes],
-) -> None:
-    """Fill a store from a function that has every slice at hand; for tests and one process."""
-    for key in store.missing(keys):
-        store.pack(key, [fetch(store.stored_slice(s)) for s in key.slices])
+def make_batch(
+    kind: StepKind,
+    segments: tuple[Segment, ...],
+    ropes: list[RopeTable],
+    config: ModelConfig,
+    device: torch.device,
+) -> Batch:
+    """What the rows of a step share: positions, rotations, temperatures."""
+    positions = torch.cat(
+        [torch.arange(s.first_position, s.first_position + s.token_count) for s in segments]
+    )
+    end = max(s.first_position + s.token_count for s in segments)
+    scale: Tensor | None = None
+    if config.tuning_floor:
+        scale = temperature_scale(positions, config.tuning_floor, config.tuning_scale).to(device)
+    positions = positions.to(device)
+    return Batch(
+        kind=kind,
+        segments=segments,
+        positions=positions,
+        ropes=tuple(table.rows(positions, end) for table in ropes),
+        query_scale=scale,
+    )

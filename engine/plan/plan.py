@@ -38,6 +38,8 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """What a plan needs to know of a model.
 
     Attributes:
+        mlp_width: intermediate columns of every layer, or one number per layer where they differ.
+            In a layer with experts they are the columns of each expert, the shared one included.
         mlp_quantum: intermediate columns in one quantum of an mlp row.
         head_quantum: vocabulary rows in one quantum of the output head.
             The quantum of an attention row is one query head.
@@ -46,7 +48,7 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    mlp_width: int
+    mlp_width: int | tuple[int, ...]
     vocab_size: int
     mlp_quantum: int = 32
     head_quantum: int = 256
@@ -58,7 +60,7 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
             num_layers=config.num_layers,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            mlp_width=config.mlp_width,
+            mlp_width=_one_if_equal([layer.mlp_width for layer in config.layers]),
             vocab_size=config.vocab_size,
         ).validate()
 
@@ -71,7 +73,6 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
             "num_layers": MAX_LAYERS,
             "num_heads": _MAX_HEADS,
             "num_kv_heads": _MAX_HEADS,
-            "mlp_width": MAX_WIDTH,
             "vocab_size": _MAX_VOCABULARY,
             "mlp_quantum": MAX_WIDTH,
             "head_quantum": _MAX_VOCABULARY,
@@ -82,6 +83,18 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
                 raise PlanError(
                     f"plan shape: {field} is {shown(value)}, it must be a whole number from 1 to "
                     f"{limit:,}. Take the shape from the model."
+                )
+        widths = self.mlp_width if isinstance(self.mlp_width, tuple) else (self.mlp_width,)
+        if len(widths) != self.num_layers and isinstance(self.mlp_width, tuple):
+            raise PlanError(
+                f"plan shape: mlp_width has {len(widths):,} numbers, it must have one for each of "
+                f"the {self.num_layers} layers. Take the shape from the model."
+            )
+        for width in widths:
+            if not is_whole(width) or not 1 <= width <= MAX_WIDTH:
+                raise PlanError(
+                    f"plan shape: mlp_width is {shown(width)}, it must be a whole number from 1 to "
+                    f"{MAX_WIDTH:,}. Take the shape from the model."
                 )
         if self.num_heads % self.num_kv_heads:
             raise PlanError(
@@ -138,7 +151,9 @@ class PlanShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         kind = self.row_kind(row)
         if kind == "attention":
             return self.num_heads
-        return self.mlp_width if kind == "mlp" else self.vocab_size
+        if kind == "head":
+            return self.vocab_size
+        return self.mlp_width[row // 2] if isinstance(self.mlp_width, tuple) else self.mlp_width
 
     def quantum_size(self, row: int) -> int:
         """Units in one quantum of a row; the row's last quantum may hold fewer."""
@@ -239,6 +254,11 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         return tuple(
             index for index, column in enumerate(zip(*self.cells, strict=True)) if any(column)
         )
+
+
+def _one_if_equal(widths: list[int]) -> int | tuple[int, ...]:
+    """The common width, or all of them."""
+    return widths[0] if len(set(widths)) == 1 else tuple(widths)
 
 
 def check_devices(devices: Sequence[object]) -> None:

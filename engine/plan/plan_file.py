@@ -238,11 +238,15 @@ def _read_layers(
                     "layer may be given once. Change one range."
                 )
         run = f"layer {first}" if first == last else f"layers {first}-{last}"
-        pair: list[tuple[int, ...]] = []
-        for key, row in (("attention", shape.attention_row(first)), ("mlp", shape.mlp_row(first))):
-            place = f"{places.of(key, index)}, {run} {key}"
-            pair.append(_row(table[key], shape, row, devices, place))
-        cells[first : last + 1] = [(pair[0], pair[1])] * (last + 1 - first)
+        place = f"{places.of('attention', index)}, {run} attention"
+        attention = _row(table["attention"], shape, shape.attention_row(first), devices, place)
+        for layer in range(first, last + 1):
+            # Layers may differ in width, so that one row of cells need not fit a whole range.
+            width = shape.units(shape.mlp_row(layer))
+            is_other = layer > first and width != shape.units(shape.mlp_row(first))
+            place = f"{places.of('mlp', index)}, {f'layer {layer}' if is_other else run} mlp"
+            mlp = _row(table["mlp"], shape, shape.mlp_row(layer), devices, place)
+            cells[layer] = attention, mlp
     complete = [pair for pair in cells if pair is not None]
     if len(complete) != shape.num_layers:
         missing = cells.index(None)

@@ -68,15 +68,17 @@ def from_percentages(
     check_devices(devices)
     per_layer = _per_layer_percentages(shape, percentages)
     rows: list[tuple[int, ...]] = []
-    cache: dict[tuple[float, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    cache: dict[tuple[tuple[float, ...], int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for layer, layer_percentages in enumerate(per_layer):
-        if layer_percentages not in cache:
+        mlp_quanta = shape.num_quanta(shape.mlp_row(layer))
+        key = layer_percentages, mlp_quanta
+        if key not in cache:
             weights = _weights(layer_percentages, len(devices), f"layer {layer}")
-            cache[layer_percentages] = (
+            cache[key] = (
                 split_heads(shape, weights, snap_to_kv_heads=snap_to_kv_heads),
-                largest_remainder(weights, shape.num_quanta(1)),
+                largest_remainder(weights, mlp_quanta),
             )
-        rows.extend(cache[layer_percentages])
+        rows.extend(cache[key])
     head = per_layer[-1] if head_percentages is None else tuple(head_percentages)
     head_weights = _weights(head, len(devices), "output head")
     rows.append(largest_remainder(head_weights, shape.num_quanta(shape.head_row)))
@@ -115,9 +117,9 @@ def pipeline(
         counts = _checked_layer_counts(shape, devices, layers_per_device)
     owners = [device for device, count in enumerate(counts) for _ in range(count)]
     rows: list[tuple[int, ...]] = []
-    for owner in owners:
+    for layer, owner in enumerate(owners):
         rows.append(_all_on(owner, len(devices), shape.num_heads))
-        rows.append(_all_on(owner, len(devices), shape.num_quanta(1)))
+        rows.append(_all_on(owner, len(devices), shape.num_quanta(shape.mlp_row(layer))))
     rows.append(_all_on(owners[-1], len(devices), shape.num_quanta(shape.head_row)))
     return Plan(shape, tuple(devices), tuple(rows), wire).validate()
 
@@ -178,8 +180,13 @@ def set_layers(
     rows = layer_rows(plan.shape, first_layer, end_layer)
     weights = _weights(percentages, len(plan.devices), f"layers {first_layer}-{end_layer - 1}")
     attention = split_heads(plan.shape, weights, snap_to_kv_heads=snap_to_kv_heads)
-    mlp = largest_remainder(weights, plan.shape.num_quanta(1))
-    return with_rows(plan, {row: mlp if row % 2 else attention for row in rows})
+
+    def cells(row: int) -> tuple[int, ...]:
+        if plan.shape.row_kind(row) == "attention":
+            return attention
+        return largest_remainder(weights, plan.shape.num_quanta(row))
+
+    return with_rows(plan, {row: cells(row) for row in rows})
 
 
 def set_share(

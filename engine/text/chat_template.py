@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -37,6 +37,9 @@ RENDER_SECONDS = 2.0
 START_SECONDS = 30.0
 MAX_OUTPUT_CHARACTERS = 1 << 22
 MAX_MESSAGES = 10_000
+MAX_IMAGES = 1_000
+# What a template makes of a list of parts that it writes down as if it were a text.
+_WRITTEN_PART = re.compile(r"""(["'])type\1: (["'])image\2""")
 _ROLE = re.compile(r"[a-z_]{1,32}")
 
 _CHILD_SCRIPT = Path(__file__).with_name("template_process.py")
@@ -53,10 +56,26 @@ FALLBACK_TEMPLATE = (
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One turn. `role` is a word such as system, user or assistant."""
+    """One turn.
+
+    Attributes:
+        role: a word such as system, user or assistant.
+        content: what was written.
+        num_images: images before the text, 0 to MAX_IMAGES. With any, the template gets the
+            content as a list of parts, as templates of vision models expect it.
+    """
 
     role: str
     content: str
+    num_images: int = 0
+
+    def for_template(self) -> dict[str, Any]:
+        """The turn as templates know it."""
+        content: str | list[dict[str, str]] = self.content
+        if self.num_images:
+            images = [{"type": "image"} for _ in range(self.num_images)]
+            content = [*images, {"type": "text", "text": self.content}]
+        return {"role": self.role, "content": content}
 
 
 class ChatTemplate:
@@ -127,10 +146,15 @@ class ChatTemplate:
                 raise PromptError(
                     f"role {one_line(message.role)!r} is not a short lower-case word such as user"
                 )
+            if not 0 <= message.num_images <= MAX_IMAGES:
+                raise PromptError(
+                    f"a message has {message.num_images} images; 0 to {MAX_IMAGES:,} are taken; "
+                    "send fewer"
+                )
             check_text(message.content)
         variables = {
             **self.special_tokens,
-            "messages": [{"role": turn.role, "content": turn.content} for turn in messages],
+            "messages": [turn.for_template() for turn in messages],
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
@@ -258,15 +282,21 @@ def encode_chat(
         messages: in order, at least one.
         add_generation_prompt: whether to open a turn of the assistant.
     Returns: ids; BOS is there only if the template writes it.
-    Raises: PromptError: see `ChatTemplate.render`; or the template takes hidden text apart.
+    Raises: PromptError: see `ChatTemplate.render`; or the template takes hidden text apart, or
+        knows no images.
     """
 
     def render(masks: Masks, hide: Callable[[str], str]) -> Pieces:
-        hidden = [Message(turn.role, hide(turn.content)) for turn in messages]
+        hidden = [Message(turn.role, hide(turn.content), turn.num_images) for turn in messages]
         return masks.split(template.render(hidden, add_generation_prompt))
 
     masks = Masks()
     opaque = render(masks, lambda content: hide_everything(content, masks))
+    if any(turn.num_images for turn in messages) and opaque.found(_WRITTEN_PART):
+        raise PromptError(
+            "the conversation has images, but the chat template of this model takes only text; "
+            "remove the images, or use a vision model"
+        )
     if opaque.is_whole and opaque.text() == template.render(messages, add_generation_prompt):
         return tokenizer.encode_mixed(opaque.parts, is_plain=opaque.is_plain)
     protected = sorted(tokenizer.protected)

@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF file.
 
 In: the checked metadata of a file. Out: a Vocabulary. Two kinds are known: "gpt2" (byte-level BPE
-with stored merges) and "llama" (SentencePiece BPE, whose merges follow from the scores).
+with stored merges) and "llama" (SentencePiece BPE with scores).
 """
 
 from __future__ import annotations
@@ -14,65 +14,32 @@ from typing import Any
 import numpy as np
 
 from engine.errors import CheckpointError, ConfigError
-from engine.text.pretokenizers import PRE_TOKENIZERS
-from engine.text.vocabulary import TURN_ENDS, Vocabulary
+from engine.text.bpe_settings import bpe_settings
+from engine.text.model_vocabulary import byte_values, protected_model
+from engine.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from engine.text.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    check_piece_length,
+    filler,
+    make_bpe_model,
+)
+from engine.text.special_tokens import Roles, assign_roles
+from engine.text.vocabulary import Vocabulary
 from engine.weights.gguf import GgufFile, Value, metadata_strings
 from engine.weights.mapped import one_line
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPECIAL_NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-
-
-def bpe_backend(
-    *,
-    vocab: Mapping[str, int],
-    merges: Sequence[tuple[str, str]],
-    added: Sequence[tuple[int, str]] = (),
-    normalizer: dict[str, Any] | None = None,
-    words: dict[str, Any] | None = None,
-    unknown: str | None = None,
-    byte_fallback: bool = False,
-    ignores_merges: bool = False,
-) -> dict[str, Any]:
-    """Settings of the `tokenizers` library for a BPE model."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": id,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": False,
-            }
-            for id, text in added
-        ],
-        "normalizer": normalizer,
-        "pre_tokenizer": words,
-        "post_processor": None,
-        "decoder": None,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": unknown is not None,
-            "byte_fallback": byte_fallback,
-            "ignore_merges": ignores_merges,
-            "vocab": dict(vocab),
-            "merges": list(merges),
-        },
-    }
 
 
 class _Metadata:
@@ -159,20 +126,6 @@ def _stored_merges(metadata: _Metadata, vocab: Mapping[str, int]) -> list[tuple[
     return merges
 
 
-def _merges_from_scores(
-    pieces: Mapping[str, int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first."""
-    ranked: list[tuple[float, int, str, str]] = []
-    for text, id in pieces.items():
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in pieces and right in pieces:
-                ranked.append((-scores[id], id, left, right))
-    ranked.sort(key=lambda entry: entry[:2])
-    return [(left, right) for _, _, left, right in ranked]
-
-
 def read_gguf_vocabulary(path: Path) -> Vocabulary:
     """Read the vocabulary of a GGUF file.
 
@@ -206,78 +159,101 @@ def vocabulary_from_metadata(path: Path, values: Mapping[str, Value]) -> Vocabul
     ids = _unique_ids(path, tokens)
     template = metadata.text("tokenizer.chat_template")
     bos_id = metadata.token_id("bos_token_id")
-    ends = {metadata.token_id(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
-    control = {id for id, type in enumerate(types) if type in (_CONTROL, _UNKNOWN)}
-    control |= {id for id in (*ends, bos_id) if id is not None}
-    ends |= {ids[text] for text in TURN_ENDS if ids.get(text) in control}
-    user_defined = {id for id, type in enumerate(types) if type == _USER_DEFINED} - control
-    protected_ids = control | {id for id in user_defined if template and tokens[id] in template}
-    protected = {tokens[id]: id for id in protected_ids if tokens[id]}
-    vocab = {text: id for text, id in ids.items() if id not in protected_ids}
-    added = [(id, tokens[id]) for id in sorted(user_defined - protected_ids) if tokens[id]]
+    ends = {metadata.token_id(f"{name}_token_id") for name in ("eos", "eot", "eom")}
+    others = {id for id, type in enumerate(types) if type == USER_DEFINED}
+    roles = assign_roles(
+        tokens=dict(enumerate(tokens)),
+        control=(id for id, type in enumerate(types) if type in (CONTROL, UNKNOWN)),
+        others=others,
+        ends=(id for id in ends if id is not None),
+        bos_id=bos_id,
+        template=template,
+    )
+    adds_bos = True
+    special = {name: metadata.token_id(key) for name, key in _SPECIAL_NAMES.items()}
+    extra: dict[str, Any] = {"raw": frozenset(others), "unknown_id": special["unk_token"]}
     if kind == "gpt2":
-        name = metadata.text("tokenizer.ggml.pre") or "default"
-        pre = PRE_TOKENIZERS.get(name)
-        if pre is None:
-            raise CheckpointError(
-                f"{path}: tokenizer.ggml.pre {one_line(name)!r} is not supported "
-                f"({', '.join(PRE_TOKENIZERS)})"
-            )
+        pre = _pre_tokenizer(metadata)
         adds_bos = pre.adds_bos
-        backend = bpe_backend(
+        hidden = {*roles.protected.values()}
+        vocab = {text: id for text, id in ids.items() if id not in hidden}
+        extra["backend"] = bpe_settings(
             vocab=vocab,
             merges=_stored_merges(metadata, vocab),
-            added=added,
+            added=[(id, tokens[id]) for id in sorted(others - hidden) if tokens[id]],
             normalizer=pre.normalizer,
             words=pre.words,
             ignores_merges=pre.ignores_merges,
         )
     else:
-        adds_bos = True
-        backend = _sentencepiece_backend(metadata, types, vocab, added)
-    special = {name: metadata.token_id(key) for name, key in _SPECIAL_NAMES.items()}
+        extra |= _piece_settings(metadata, types, roles, special["unk_token"])
     return Vocabulary(
         path=path,
-        backend=backend,
         tokens=dict(enumerate(tokens)),
         kind="byte_level" if kind == "gpt2" else "sentencepiece",
-        control=frozenset(control),
-        protected=protected,
-        raw=frozenset(user_defined),
+        control=roles.control,
+        protected=roles.protected,
         bos_id=bos_id,
-        eos_ids=frozenset(id for id in ends if id is not None),
+        pad_id=special["pad_token"],
+        eos_ids=roles.ends,
         adds_bos=metadata.flag("add_bos_token", adds_bos) and bos_id is not None,
         special_tokens={name: tokens[id] for name, id in special.items() if id is not None},
         chat_template=template,
+        **extra,
     )
 
 
-def _sentencepiece_backend(
-    metadata: _Metadata,
-    types: Sequence[int],
-    vocab: Mapping[str, int],
-    added: Sequence[tuple[int, str]],
+def _pre_tokenizer(metadata: _Metadata) -> PreTokenizer:
+    name = metadata.text("tokenizer.ggml.pre") or "default"
+    pre = PRE_TOKENIZERS.get(name)
+    if pre is None:
+        raise CheckpointError(
+            f"{metadata.path}: tokenizer.ggml.pre {one_line(name)!r} is not supported "
+            f"({', '.join(PRE_TOKENIZERS)}); use another model"
+        )
+    return pre
+
+
+def _piece_settings(
+    metadata: _Metadata, types: Sequence[int], roles: Roles, unknown_id: int | None
 ) -> dict[str, Any]:
+    """The fields of a vocabulary whose tokens are SentencePiece pieces with scores."""
     scores = metadata.numbers("scores", "float32")
     if not all(map(math.isfinite, scores)):
         raise CheckpointError(
-            f"{metadata.path}: tokenizer.ggml.scores has a value that is no number"
+            f"{metadata.path}: tokenizer.ggml.scores has a value that is no number; fetch the file "
+            "again"
         )
-    pieces = {text: id for text, id in vocab.items() if types[id] == _NORMAL}
-    kept = {text: id for text, id in vocab.items() if types[id] in (_NORMAL, _USER_DEFINED, _BYTE)}
-    unknown_id = metadata.token_id("unknown_token_id")
-    unknown = metadata.tokens[unknown_id] if unknown_id is not None else None
-    if unknown_id is not None and unknown:
-        kept[unknown] = unknown_id
-    normalizers: list[dict[str, Any]] = []
-    if metadata.flag("add_space_prefix", True):
-        normalizers.append({"type": "Prepend", "prepend": "\u2581"})
-    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"})
-    return bpe_backend(
-        vocab=kept,
-        merges=_merges_from_scores(pieces, scores),
-        added=added,
-        normalizer={"type": "Sequence", "normalizers": normalizers},
-        unknown=unknown or None,
-        byte_fallback=True,
-    )
+    declared = [id for id, type in enumerate(types) if type == UNKNOWN]
+    if unknown_id is None:
+        unknown_id = min(declared, default=None)
+    pieces: list[Piece] = []
+    for id, (text, score, type) in enumerate(zip(metadata.tokens, scores, types, strict=True)):
+        if id == unknown_id:
+            type = UNKNOWN
+        elif type == UNKNOWN:
+            type = CONTROL
+        elif type not in (NORMAL, CONTROL, USER_DEFINED, BYTE) or not text:
+            type = UNUSED
+        if type == USER_DEFINED:
+            # Files have runs of spaces as they are; the library looks for them as it writes them.
+            text = text.replace(" ", "\u2581")
+        check_piece_length(metadata.path, id, text)
+        pieces.append(Piece(text or filler(id), score, type))
+    bytes_of_ids = byte_values(pieces)
+    hidden = {*roles.protected.values()}
+    has_bytes = len({byte for id, byte in bytes_of_ids.items() if id not in hidden}) == 256
+    if not has_bytes:  # some bytes help no text; the library refuses them
+        pieces = [Piece(p.text, p.score, CONTROL) if p.kind == BYTE else p for p in pieces]
+    if unknown_id is None:  # the library wants one; the id it gets is outside the vocabulary
+        pieces.append(Piece(filler("unknown"), 0.0, UNKNOWN))
+    unknown = pieces[-1 if unknown_id is None else unknown_id].text
+    has_prefix = metadata.flag("add_space_prefix", True)
+    model = make_bpe_model(pieces, has_prefix=has_prefix, has_bytes=has_bytes, unknown=unknown)
+    return {
+        "backend": protected_model(model, roles.protected),
+        "byte_values": bytes_of_ids,
+        "prefix": "every" if has_prefix else "none",
+        "raw": frozenset[int](),
+        "unknown_id": unknown_id,
+    }

@@ -1,62 +1,55 @@
-"""The vocabulary of a Hugging Face model folder.
+"""The vocabulary of a tokenizer.json and of the files beside it.
 
-In: a folder with tokenizer.json and, usually, tokenizer_config.json, special_tokens_map.json,
-generation_config.json and chat_template.jinja. Out: a Vocabulary. BPE models only.
+In: the path of the file, or of the model folder that has it. Out: a Vocabulary. BPE models only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from engine.errors import CheckpointError, ConfigError
-from engine.text.vocabulary import TURN_ENDS, Vocabulary
-from engine.weights.hf_config import read_json_object, refuse_own_code
+from engine.text.folder_settings import (
+    MAX_TOKEN_ID,
+    FolderSettings,
+    Json,
+    as_list,
+    as_object,
+    read_folder_settings,
+)
+from engine.text.sentencepiece_model import filler
+from engine.text.special_tokens import assign_roles
+from engine.text.vocabulary import Prefix, Vocabulary
+from engine.weights.hf_config import read_json_object
 from engine.weights.mapped import one_line
 
+FILE_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 1 << 28
-_SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-Json = dict[str, Any]
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# What a file that stands alone leaves unsaid; the first that is a special token counts.
+_USUAL_NAMES = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
+}
 
 
-def _optional(path: Path) -> Json:
-    return read_json_object(path) if path.is_file() else {}
-
-
-def _object(path: Path, value: object, what: str) -> Json:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {what} is not a JSON object")
-    return cast("Json", value)
-
-
-def _list(path: Path, value: object, what: str) -> list[Any]:
-    """A JSON array; null or nothing is an empty one."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise CheckpointError(f"{path}: {what} {one_line(value)} is not a JSON array")
-    return cast("list[Any]", value)
+def _nested(path: Path, value: object, key: str) -> list[Json]:
+    """An object and those in the lists below it, such as a sequence of decoders and its parts."""
+    found: list[Json] = []
+    waiting: list[object] = [value]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            found.append(cast("Json", entry))
+            waiting.extend(as_list(path, found[-1].get(key), key))
+    return found
 
 
 def _kind(path: Path, decoder: object) -> Literal["byte_level", "sentencepiece"]:
     """How tokens stand for bytes, by the decoder of the file."""
-    types: set[str] = set()
-    waiting: list[object] = [decoder]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            entry = cast("Json", value)
-            types.add(str(entry.get("type")))
-            waiting.extend(_list(path, entry.get("decoders"), "decoders"))
+    types = {str(entry.get("type")) for entry in _nested(path, decoder, "decoders")}
     if "ByteLevel" in types:
         return "byte_level"
     if types & {"ByteFallback", "Metaspace"}:
@@ -67,23 +60,39 @@ def _kind(path: Path, decoder: object) -> Literal["byte_level", "sentencepiece"]
     )
 
 
+def _prefix(path: Path, data: Json) -> Prefix:
+    """Where the file's rules write a space."""
+    for entry in _nested(path, data.get("normalizer"), "normalizers"):
+        if entry.get("type") == "Prepend":
+            return "every"
+    for entry in _nested(path, data.get("pre_tokenizer"), "pretokenizers"):
+        if entry.get("type") == "ByteLevel" and entry.get("add_prefix_space") is True:
+            return "every"
+        if entry.get("type") == "Metaspace":
+            scheme = entry.get("prepend_scheme", "always")
+            if scheme == "first" or (scheme == "always" and entry.get("add_prefix_space", True)):
+                return "first" if scheme == "first" else "every"
+    return "none"
+
+
 def _added_tokens(path: Path, data: Json) -> dict[int, Json]:
     found: dict[int, Json] = {}
-    for value in _list(path, data.get("added_tokens"), "added_tokens"):
-        entry = _object(path, value, "an added token")
+    for value in as_list(path, data.get("added_tokens"), "added_tokens"):
+        entry = as_object(path, value, "an added token")
         id, text = entry.get("id"), entry.get("content")
-        if type(id) is not int or not 0 <= id < 1 << 22 or not isinstance(text, str) or not text:
+        is_valid = type(id) is int and 0 <= id < MAX_TOKEN_ID and isinstance(text, str) and text
+        if not is_valid:
             raise CheckpointError(f"{path}: added token {one_line(entry)} has no valid id and text")
         if id in found:
             raise ConfigError(f"{path}: two added tokens have id {id}")
-        found[id] = entry
+        found[cast("int", id)] = entry
     return found
 
 
 def _vocab(path: Path, model: Json) -> dict[str, int]:
-    vocab = _object(path, model.get("vocab"), "the vocabulary")
+    vocab = as_object(path, model.get("vocab"), "the vocabulary")
     for text, id in vocab.items():
-        if type(id) is not int or not 0 <= id < 1 << 22:
+        if type(id) is not int or not 0 <= id < MAX_TOKEN_ID:
             raise ConfigError(f"{path}: token {one_line(text)!r} has id {one_line(id)}")
     if len(set(vocab.values())) != len(vocab):
         raise ConfigError(f"{path}: two tokens share one id")
@@ -93,7 +102,7 @@ def _vocab(path: Path, model: Json) -> dict[str, int]:
 def _kept_merges(path: Path, model: Json, protected: Mapping[str, int]) -> list[tuple[str, str]]:
     """The merges without those that touch or make a protected token."""
     kept: list[tuple[str, str]] = []
-    for value in _list(path, model.get("merges"), "merges"):
+    for value in as_list(path, model.get("merges"), "merges"):
         pair = tuple(value.split(" ")) if isinstance(value, str) else value
         if not isinstance(pair, list | tuple) or len(cast("list[object]", pair)) != 2:
             raise CheckpointError(f"{path}: merge {one_line(value)} is not two tokens")
@@ -105,77 +114,35 @@ def _kept_merges(path: Path, model: Json, protected: Mapping[str, int]) -> list[
     return kept
 
 
-def _token_text(value: object) -> str | None:
-    """A special token, given as its text or as an object with a content."""
-    if isinstance(value, dict):
-        value = cast("Json", value).get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(folder: Path, settings: Json) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    value = settings.get("chat_template")
-    if isinstance(value, list):
-        named = [_object(folder, entry, "a chat template") for entry in cast("list[object]", value)]
-        value = next(
-            (entry.get("template") for entry in named if entry.get("name") == "default"), None
-        )
-    return value if isinstance(value, str) else None
-
-
-def _declared_ends(folder: Path, settings: Json) -> Iterable[int]:
-    """End-of-answer ids of generation_config.json, or else of config.json."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        value = _optional(path).get("eos_token_id")
-        values = cast("list[object]", value if isinstance(value, list) else [value])
-        found = [id for id in values if type(id) is int]
-        if found:
-            return found
-    return []
-
-
-def _adds_bos(path: Path, data: Json, settings: Json, bos: str | None) -> bool:
+def _adds_bos(path: Path, data: Json, settings: FolderSettings, bos: str | None) -> bool:
     """Whether the model wants a BOS: as declared, else as its post-processor does it."""
-    declared = settings.get("add_bos_token")
-    if isinstance(declared, bool):
+    declared = settings.flag("add_bos_token")
+    if declared is not None:
         return declared
-    waiting: list[object] = [data.get("post_processor")]
-    while waiting:
-        value = waiting.pop()
-        if not isinstance(value, dict):
-            continue
-        entry = cast("Json", value)
-        waiting.extend(_list(path, entry.get("processors"), "processors"))
-        single = _list(path, entry.get("single"), "single")
+    for entry in _nested(path, data.get("post_processor"), "processors"):
+        single = as_list(path, entry.get("single"), "single")
         if entry.get("type") == "TemplateProcessing" and single:
-            first = _object(path, single[0], "single").get("SpecialToken")
+            first = as_object(path, single[0], "single").get("SpecialToken")
             return isinstance(first, dict) and cast("Json", first).get("id") == bos
     return False
 
 
-def read_hf_vocabulary(folder: Path) -> Vocabulary:
-    """Read the vocabulary of a model folder.
+def read_hf_vocabulary(path: Path) -> Vocabulary:
+    """Read the vocabulary of a tokenizer.json.
 
+    Args:
+        path: a folder that has the file, or the file. Files beside it are read too if it has its
+            usual name; under another name it stands alone.
     Raises:
-        CheckpointError: tokenizer.json is missing, malformed or of an unsupported kind.
+        CheckpointError: it is missing, malformed or of an unsupported kind.
         ConfigError: ids clash or lie outside, or the tokenizer wants to run its own code.
     """
-    path = folder / "tokenizer.json"
-    settings_path = folder / "tokenizer_config.json"
-    settings = _optional(settings_path)
-    refuse_own_code(settings_path, settings)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no tokenizer.json in this folder; save the model's fast tokenizer there "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-        )
+    folder = path if path.is_dir() else path.parent
+    path = path / FILE_NAME if path.is_dir() else path
+    stands_alone = path.name != FILE_NAME
+    settings = FolderSettings(path=path) if stands_alone else read_folder_settings(folder)
     data = read_json_object(path, MAX_TOKENIZER_BYTES)
-    model = _object(path, data.get("model"), "the model")
+    model = as_object(path, data.get("model"), "the model")
     # Files of the first versions do not name the type of a BPE model.
     if model.get("type", "BPE") != "BPE":
         raise CheckpointError(
@@ -191,38 +158,57 @@ def read_hf_vocabulary(folder: Path) -> Vocabulary:
             )
         tokens[id] = text
     ids = {text: id for id, text in tokens.items()}
-    named = {**_optional(folder / "special_tokens_map.json"), **settings}
-    special = {
-        name: text for name in _SPECIAL_NAMES if (text := _token_text(named.get(name))) in ids
-    }
-    template = _chat_template(folder, settings)
-    control = {id for id, entry in added.items() if entry.get("special") is True}
-    ends = {*_declared_ends(folder, settings)} & tokens.keys()
-    ends |= {ids[text] for name, text in special.items() if name == "eos_token" and text}
-    bos_id = ids.get(special.get("bos_token") or "")
-    control |= ends | ({bos_id} if bos_id is not None else set())
-    ends |= {ids[text] for text in TURN_ENDS if ids.get(text) in control}
-    written = {id for id in added if template and tokens[id] in template}
-    protected = {tokens[id]: id for id in control | written}
+    if len(ids) != len(tokens):
+        raise ConfigError(f"{path}: two added tokens have the same text; correct the file")
+    special = settings.known_special_tokens(ids)
+    marked = {id for id, entry in added.items() if entry.get("special") is True}
+    for name, usual in _USUAL_NAMES.items():
+        if not settings.tokenizer_config and name not in special:
+            found = next((text for text in usual if ids.get(text) in marked), None)
+            special |= {} if found is None else {name: found}
+    bos_id = ids.get(special.get("bos_token", ""))
+    ends = settings.known_end_ids(tokens)
+    if "eos_token" in special:
+        ends.add(ids[special["eos_token"]])
+    roles = assign_roles(
+        tokens=tokens,
+        control=marked,
+        others=added.keys() - marked,
+        ends=ends,
+        bos_id=bos_id,
+        template=settings.chat_template,
+    )
+    kind = _kind(path, data.get("decoder"))
+    unknown = model.get("unk_token")
     return Vocabulary(
         path=folder,
-        backend=_backend(path, data, model, vocab, added, protected),
+        backend=_backend(path, data, model, vocab, added, roles.protected),
         tokens=tokens,
-        kind=_kind(path, data.get("decoder")),
-        control=frozenset(control),
-        protected=protected,
-        raw=frozenset(added),
+        kind=kind,
+        control=roles.control,
+        protected=roles.protected,
+        raw=frozenset(added) if kind == "byte_level" else frozenset(),
+        byte_values=_byte_values(tokens, added) if kind == "sentencepiece" else {},
+        prefix=_prefix(path, data),
+        unknown_id=ids.get(unknown) if isinstance(unknown, str) else None,
+        pad_id=ids.get(special.get("pad_token", "")),
         bos_id=bos_id,
-        eos_ids=frozenset(ends),
-        adds_bos=bos_id is not None and _adds_bos(path, data, settings, special.get("bos_token")),
+        eos_ids=roles.ends,
+        adds_bos=_adds_bos(path, data, settings, special.get("bos_token")) and bos_id is not None,
         strips={
             id: (added[id].get("lstrip") is True, added[id].get("rstrip") is True)
-            for id in protected.values()
+            for id in roles.protected.values()
             if id in added
         },
-        special_tokens={name: text for name, text in special.items() if text},
-        chat_template=template,
+        special_tokens=special,
+        chat_template=settings.chat_template,
     )
+
+
+def _byte_values(tokens: Mapping[int, str], added: Mapping[int, Json]) -> dict[int, int]:
+    """The tokens that are one byte; an added token of such a text is that text."""
+    found = {id: _BYTE_TOKEN.fullmatch(text) for id, text in tokens.items() if id not in added}
+    return {id: int(match[1], 16) for id, match in found.items() if match}
 
 
 def _backend(
@@ -232,14 +218,19 @@ def _backend(
     vocab: Mapping[str, int],
     added: Mapping[int, Json],
     protected: Mapping[str, int],
-) -> Json:
+) -> dict[str, Any]:
     """The settings of the file without the protected tokens."""
+    kept = {text: id for text, id in vocab.items() if text not in protected}
     unknown = model.get("unk_token")
-    kept = {text: id for text, id in vocab.items() if text not in protected or text == unknown}
+    if isinstance(unknown, str) and unknown in protected and unknown in vocab:
+        # The library must have it, but not by a text that a person can write.
+        kept[filler("unknown")] = vocab[unknown]
+        unknown = filler("unknown")
     others = [entry for entry in added.values() if entry["content"] not in protected]
     # The library numbers added tokens itself; being in the vocabulary too pins their ids.
     kept.update({entry["content"]: entry["id"] for entry in others})
-    changed = {"vocab": kept, "merges": _kept_merges(path, model, protected), "type": "BPE"}
+    merges = _kept_merges(path, model, protected)
+    changed = {"vocab": kept, "merges": merges, "type": "BPE", "unk_token": unknown}
     return {
         **data,
         "truncation": None,

@@ -23,6 +23,16 @@ def _words(digits: str) -> str:
     )
 
 
+def _cased_words(endings: str, digits: str) -> str:
+    """The pattern of Llama 4 and Tekken: a change from small to capital letters ends a word."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        f"{start}{upper}*{lower}+{endings}|{start}{upper}+{lower}*{endings}|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
 def _sequence(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": list(parts)}
 
@@ -51,15 +61,29 @@ _PLAIN = PreTokenizer(_GPT2)
 # Every digit is a word of its own.
 _DIGITS = PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _GPT2))
 _LLAMA3 = PreTokenizer(_split(_words(r"\p{N}{1,3}")), ignores_merges=True, adds_bos=True)
+_LLAMA3_MERGING = PreTokenizer(_split(_words(r"\p{N}{1,3}")))
 _QWEN2 = PreTokenizer(_split(_words(r"\p{N}")), normalizer={"type": "NFC"})
+_CASED = _split(_cased_words(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"))
+_GPT4O = PreTokenizer(_CASED, ignores_merges=True)
+_LLAMA4 = PreTokenizer(_CASED, ignores_merges=True, adds_bos=True)
+_TEKKEN = PreTokenizer(_split(_cased_words("", r"\p{N}")), ignores_merges=True, adds_bos=True)
 
 PRE_TOKENIZERS = {
     "default": _PLAIN,
     "gpt-2": _PLAIN,
     "gpt2": _PLAIN,
+    "olmo": _PLAIN,
+    "phi-2": _PLAIN,
     "smollm": _DIGITS,
+    "starcoder": _DIGITS,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "smaug-bpe": _LLAMA3_MERGING,
+    "llama4": _LLAMA4,
+    "gpt-4o": _GPT4O,
     "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
 }

@@ -1,29 +1,28 @@
 """Text to token ids and back, for one vocabulary.
 
-In: a `Vocabulary`, made by `gguf_vocabulary` or `hf_vocabulary` from a model's file or folder.
-Out: ids, bytes of ids, and which ids are control tokens. Control tokens are kept out of the
-segmentation altogether, so that no text can become one unless the caller asks for it. It renders no
-chat templates.
+In: a `Vocabulary`, made from a model's file or folder by the reader of its form. Out: ids,
+bytes of ids, and which ids are control tokens. Control tokens are kept out of the segmentation
+altogether, so that no text can become one unless the caller asks for it. It renders no chat
+templates.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import tokenizers
 
 from engine.errors import CheckpointError, PromptError
 from engine.text.byte_level import to_bytes
 from engine.text.gguf_vocabulary import read_gguf_vocabulary
+from engine.text.hf_vocabulary import FILE_NAME as HF_NAME
 from engine.text.hf_vocabulary import read_hf_vocabulary
+from engine.text.model_vocabulary import FILE_NAME as MODEL_NAME
+from engine.text.model_vocabulary import read_model_vocabulary
+from engine.text.segmenters import make_segmenter
 from engine.text.vocabulary import Vocabulary
 
 MAX_TEXT_CHARACTERS = 1 << 22
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -33,6 +32,8 @@ class Tokenizer:
         vocab_size: one more than the largest id that has a token.
         bos_id: begins a text, or None.
         eos_ids: each ends an answer.
+        unk_id: stands for what the vocabulary cannot write, or None.
+        pad_id: fills batches, or None.
         adds_bos: whether the model wants `bos_id` before a prompt that is no chat.
         chat_template: Jinja source, or None.
         special_tokens: variables for the template, such as bos_token.
@@ -53,26 +54,18 @@ class Tokenizer:
         self.special_tokens = dict(vocabulary.special_tokens)
         self.protected = frozenset(vocabulary.protected)
         self._vocabulary = vocabulary
+        self.unk_id = vocabulary.unknown_id
+        self.pad_id = vocabulary.pad_id
         self._bytes: dict[int, bytes] = {}
         self._pattern = literal_pattern(vocabulary.protected)
-        self._forbidden = {*vocabulary.protected.values()} - {_unknown_id(vocabulary)}
-        # A private token that no text contains: encoding it before a text gives the text the same
-        # treatment that it has after a control token (no "first word" rules).
-        self._separator = f"\ue000{secrets.token_hex(16)}\ue001"
-        self._backend = self._build()
-
-    def _build(self) -> tokenizers.Tokenizer:
-        try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(self._vocabulary.backend))
-            token = tokenizers.AddedToken(self._separator, normalized=False, special=True)
-            backend.add_special_tokens([token])  # pyright: ignore[reportUnknownMemberType]
-        except Exception as error:  # the library raises nothing narrower
-            text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.path}: the tokenizer cannot be built: {text}") from error
-        return backend
+        self._forbidden = {*vocabulary.protected.values()} - {vocabulary.unknown_id}
+        self._segmenter = make_segmenter(vocabulary)
 
     def encode(self, text: str, *, parse_control: bool = False) -> list[int]:
         """Segment a text; no BOS is added.
+
+        A byte-level vocabulary need not have all 256 bytes (SmolLM2 lacks some that begin only
+        unassigned characters): a byte without a token is left out, as transformers does.
 
         Args:
             text: at most MAX_TEXT_CHARACTERS characters, no lone surrogates; NUL is a character.
@@ -130,13 +123,16 @@ class Tokenizer:
         """Ids of a text in which nothing is a protected token."""
         if not text:
             return []
-        whole = text if is_first else self._separator + text
-        ids = self._backend.encode(whole, add_special_tokens=False).ids
-        ids = ids if is_first else ids[1:]
+        ids = self._segmenter.segment(text, is_first=is_first)
         for id in ids:
-            if id in self._forbidden:  # the builders make this impossible
+            if id in self._forbidden:  # the readers make this impossible
                 raise CheckpointError(
                     f"{self.path}: text became protected token {id}; the vocabulary is damaged"
+                )
+            if id not in self._vocabulary.tokens:
+                raise PromptError(
+                    "the text has characters that this model's vocabulary cannot write; remove "
+                    "characters of other scripts, or use another model"
                 )
         return ids
 
@@ -155,32 +151,39 @@ class Tokenizer:
         text = self._vocabulary.tokens.get(id)
         if text is None or id in self._vocabulary.control:
             return b""
+        if id in self._vocabulary.byte_values:
+            return bytes([self._vocabulary.byte_values[id]])
         if id in self._vocabulary.raw:
             return text.encode("utf-8", errors="replace")
         if self._vocabulary.kind == "byte_level":
             return to_bytes(text)
-        byte = _BYTE_TOKEN.fullmatch(text)
-        if byte:
-            return bytes([int(byte[1], 16)])
         return text.replace("\u2581", " ").encode("utf-8", errors="replace")
+
+    def control_id(self, text: str) -> int | None:
+        """The id of a protected token by its text, or None."""
+        return self._vocabulary.protected.get(text)
 
     def is_control(self, id: int) -> bool:
         """Whether the token carries structure and is never shown."""
         return id in self._vocabulary.control
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, is_start: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD.
 
-        A SentencePiece vocabulary writes a space before the first word; it is part of the text.
+        Args:
+            ids: in order.
+            is_start: whether the text begins here; then the space that encoding writes before the
+                first word, with vocabularies that do so, is left out.
         """
-        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
+        data = b"".join(self.token_bytes(id) for id in ids)
+        if is_start and self.writes_space and data.startswith(b" "):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
 
-
-def _unknown_id(vocabulary: Vocabulary) -> int:
-    """The id that stands for what the vocabulary cannot write, or -1."""
-    model = vocabulary.backend["model"]
-    name = model.get("unk_token")
-    return int(model["vocab"].get(name, -1)) if isinstance(name, str) else -1
+    @property
+    def writes_space(self) -> bool:
+        """Whether encoding writes a space before the first word."""
+        return self._vocabulary.prefix != "none"
 
 
 def literal_pattern(texts: Iterable[str]) -> re.Pattern[str]:
@@ -209,9 +212,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
-        path: a GGUF file, or a folder with tokenizer.json.
+        path: a GGUF file, a tokenizer.json, a tokenizer.model (SentencePiece, or Meta's base64
+            ranks), or a folder with one of the latter two and the files that belong to it.
     Raises:
         CheckpointError: there is none, or it is damaged or of an unsupported kind.
-        ConfigError: it wants to run its own code.
+        ConfigError: it wants to run its own code, or its files contradict each other.
     """
-    return Tokenizer(read_hf_vocabulary(path) if path.is_dir() else read_gguf_vocabulary(path))
+    if path.is_dir():
+        if (path / HF_NAME).is_file():
+            return Tokenizer(read_hf_vocabulary(path))
+        if (path / MODEL_NAME).is_file():
+            return Tokenizer(read_model_vocabulary(path))
+        raise CheckpointError(
+            f"{path}: no {HF_NAME} in this folder, and no {MODEL_NAME}; copy the model's tokenizer "
+            "there (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    if path.suffix == ".json":
+        return Tokenizer(read_hf_vocabulary(path))
+    if path.suffix == ".model":
+        return Tokenizer(read_model_vocabulary(path))
+    return Tokenizer(read_gguf_vocabulary(path))

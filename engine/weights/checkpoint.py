@@ -1,7 +1,7 @@
 """Opens a model, whatever its file format, under our own tensor names.
 
-In: a path: a GGUF file, or a folder of safetensors with config.json. Out: its configuration, a
-description of every tensor, and slices of them in the file's own format. It keeps no tensor in
+In: a path: a GGUF file, the first of several, or a folder: of safetensors with config.json
+(Hugging Face) or params.json (Meta), or of one GGUF model. Out: its configuration, a description of every tensor, and slices of them in the file's own format. It keeps no tensor in
 memory and computes nothing but the float32 values of single rows.
 """
 
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, PromptError
 from engine.model.config import ModelConfig
-from engine.weights.formats import FORMATS, TensorInfo, dequantize, weight_format_names
-from engine.weights.gguf import GgufFile, metadata_strings
+from engine.weights.formats import TensorInfo, dequantize
+from engine.weights.gguf import metadata_strings
 from engine.weights.gguf_config import config_from_gguf
+from engine.weights.gguf_split import GgufModel, gguf_in_folder
 from engine.weights.hf_config import config_from_huggingface
-from engine.weights.mapped import StoredTensor, one_line
-from engine.weights.names import Source, canonical_shapes, match_names
+from engine.weights.mapped import MappedFile, StoredTensor, one_line
+from engine.weights.meta_config import PARAMS_NAME, config_from_meta, open_consolidated
+from engine.weights.names import bind_tensors
 from engine.weights.safetensors import open_folder, refuse_pickle
 
 
@@ -105,6 +107,27 @@ class Checkpoint:
         raw = tensor.read_rows(np.asarray(row_ids, dtype=np.int64))
         return dequantize(tensor.format, raw, (len(row_ids), columns))
 
+    def read_values(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor as float32, in its shape.
+
+        Raises: CheckpointError: no such tensor.
+        """
+        tensor = self._tensor(name)
+        raw = tensor.read(0, 0, tensor.shape[0])
+        return dequantize(tensor.format, raw, tensor.shape)
+
+    def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """What the first layer sees of tokens: their rows of the embedding, scaled.
+
+        Args:
+            ids: token ids, any order, repeats allowed.
+        Returns: float32 [len(ids), width].
+        Raises: PromptError: an id outside the vocabulary.
+        """
+        rows = self.read_rows("embedding", ids)
+        scale = np.float32(self.config.embedding_scale)
+        return rows if scale == 1 else rows * scale
+
     def close(self) -> None:
         """Release the files; a second call does nothing."""
         if not self._is_closed:
@@ -112,31 +135,8 @@ class Checkpoint:
             self._close_files()
 
 
-def _bind(
-    path: Path, config: ModelConfig, source: Source, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Give every stored tensor our name, and check its shape and format."""
-    names = match_names(path, config, source, stored)
-    bound: dict[str, StoredTensor] = {}
-    for name, shape in canonical_shapes(config).items():
-        # A tied head is the embedding under a second name.
-        tensor = stored[names[name if name in names else "embedding"]]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{path}: {one_line(tensor.name)} has shape {list(tensor.shape)}, its "
-                f"configuration says {list(shape)}; the file is damaged or mixed from two models"
-            )
-        if not FORMATS[tensor.format].is_weight:
-            raise CheckpointError(
-                f"{path}: {one_line(tensor.name)} is stored as {tensor.format}, which is not "
-                f"supported; use one of {weight_format_names()}"
-            )
-        bound[name] = tensor
-    return bound
-
-
 def _open_gguf(path: Path) -> Checkpoint:
-    file = GgufFile(path)
+    file = GgufModel(path)
     try:
         config = config_from_gguf(file)
         tokens = metadata_strings(path, file.metadata, "tokenizer.ggml.tokens")
@@ -144,45 +144,65 @@ def _open_gguf(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {len(tokens):,} tokens, but the embedding has {config.vocab_size:,} rows"
             )
-        return Checkpoint(path, config, _bind(path, config, "gguf", file.tensors), file.close)
+        bound = bind_tensors(path, config, "gguf", file.tensors)
+        return Checkpoint(path, config, bound, file.close)
     except BaseException:
         file.close()
         raise
 
 
-def _open_huggingface(folder: Path) -> Checkpoint:
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".gguf")
-        advice = f"give the file {folder / inside[0]}" if inside else "give a model's folder"
-        raise CheckpointError(f"{folder}: the folder has no config.json; {advice}")
-    config = config_from_huggingface(folder)
-    files, stored = open_folder(folder)
-
+def _closer(files: Sequence[MappedFile]) -> Callable[[], None]:
     def close_files() -> None:
         for file in files:
             file.close()
 
+    return close_files
+
+
+def _open_huggingface(folder: Path) -> Checkpoint:
+    config = config_from_huggingface(folder)
+    files, stored = open_folder(folder)
+    close_files = _closer(files)
     try:
-        bound = _bind(folder, config, "huggingface", stored)
+        bound = bind_tensors(folder, config, "huggingface", stored)
     except BaseException:
         close_files()
         raise
     return Checkpoint(folder, config, bound, close_files)
 
 
+def _open_meta(folder: Path) -> Checkpoint:
+    file, stored = open_consolidated(folder)
+    try:
+        config = config_from_meta(folder, stored)
+        bound = bind_tensors(folder, config, "meta", stored)
+    except BaseException:
+        file.close()
+        raise
+    return Checkpoint(folder, config, bound, file.close)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open and check a model.
 
     Args:
-        path: a GGUF file, or a folder with config.json and safetensors.
+        path: a GGUF file, the first of several parts, or a model's folder.
     Returns: the open model; the caller closes it.
     Raises:
         CheckpointError: missing, damaged, foreign or unsupported, in one line.
         ConfigError: a size or setting of the model breaks a rule.
     """
     if path.is_dir():
-        return _open_huggingface(path)
+        if (path / "config.json").is_file():
+            return _open_huggingface(path)
+        if (path / PARAMS_NAME).is_file():
+            return _open_meta(path)
+        inside = gguf_in_folder(path)
+        if inside is None:
+            several = any(entry.suffix == ".gguf" for entry in path.iterdir())
+            advice = "give one of its .gguf files" if several else "give a model's folder"
+            raise CheckpointError(f"{path}: the folder has no config.json; {advice}")
+        path = inside
     refuse_pickle(path)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the folder with config.json instead: {path.parent}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
+from engine.weights.block_values import block_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,15 +172,8 @@ def dequantize(format: str, raw: NDArray[np.uint8], shape: Sequence[int]) -> NDA
         raise CheckpointError(
             f"{format}{list(shape)} is {wanted:,} bytes, the data has {raw.nbytes:,}"
         )
-    flat = np.ascontiguousarray(raw, dtype=np.uint8).reshape(-1)
     if wanted == 0:
         return np.zeros(tuple(shape), dtype=np.float32)
-    # Imported here: the package costs a quarter of a second, and only some processes dequantise.
-    import gguf
-
-    quants: Any = gguf.quants
-    kind = gguf.GGMLQuantizationType(entry.ggml_type)
-    row_bytes = num_bytes(format, tuple(shape)[-1:])
-    with np.errstate(all="ignore"):  # damaged scales may be inf or nan; that is the file's value
-        values: NDArray[np.float32] = quants.dequantize(flat.reshape(-1, row_bytes), kind)
-    return values.reshape(tuple(shape))
+    assert entry.ggml_type is not None, "every weight format has a number in GGUF"
+    blocks = np.ascontiguousarray(raw, dtype=np.uint8).reshape(-1, entry.block_bytes)
+    return block_values(entry.name, entry.ggml_type, blocks, entry.block_size).reshape(tuple(shape))

@@ -66,7 +66,7 @@ class _Cursor:
         if size > self.file.size - start:
             raise CheckpointError(
                 f"{self.file.path}: {what} of {size:,} bytes at offset {start:,} passes the end "
-                f"of the file ({self.file.size:,} bytes); the file is cut short or damaged"
+                f"of the file ({self.file.size:,} bytes); the file is cut short or damaged, fetch it again"
             )
         self.offset = start + size
         return start

@@ -1,14 +1,15 @@
 """A file mapped read-only into memory, and the raw tensors that lie in it.
 
 In: a path; offsets and sizes that a format's reader has checked against the file's length.
-Out: uint8 copies of whole tensors, of rows and of columns. It knows no file format.
+Out: uint8 copies of rows and columns of tensors and of their parts: one expert of a stack, a range
+of rows or columns, a matrix turned over. It knows no file format.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +58,15 @@ class MappedFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One dense tensor inside a mapped file.
+    """A tensor inside a mapped file, or a part of one; nothing is copied before it is asked for.
 
     Attributes:
         name: as the file has it.
         format: a name of `formats.FORMATS`.
         shape: torch order.
         offset: bytes from the start of the file; the reader has checked that it all lies inside.
+        strides: of a vector or matrix, bytes from row to row and from block to block of a row;
+            None where the tensor is dense, as every reader makes it.
     """
 
     file: MappedFile
@@ -71,11 +74,53 @@ class StoredTensor:
     format: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, int] | None = None
 
     @property
     def size_bytes(self) -> int:
-        """Bytes the tensor occupies."""
+        """Bytes of the tensor when it is dense."""
         return num_bytes(self.format, self.shape)
+
+    def expert(self, number: int, count: int) -> StoredTensor:
+        """One matrix of a stack of `count`, which may be stored as one tall matrix.
+
+        Raises: CheckpointError: the tensor is no stack of `count` matrices.
+        """
+        shape = self.shape
+        if len(shape) == 2 and shape[0] % count == 0:
+            shape = (count, shape[0] // count, shape[1])
+        if len(shape) != 3 or shape[0] != count or self.strides is not None:
+            raise self._refusal(f"is no stack of {count} matrices")
+        size = num_bytes(self.format, shape[1:])
+        return replace(self, shape=shape[1:], offset=self.offset + number * size)
+
+    def piece(self, axis: int, start: int, end: int) -> StoredTensor:
+        """A range of rows (axis 0, or the elements of a vector) or of columns (axis 1).
+
+        Raises: CheckpointError: the range leaves the tensor or cuts a block.
+        """
+        self._check_range(axis, start, end)
+        row_stride, block_stride = self._strides()
+        entry = format_named(self.format)
+        is_last = axis == len(self.shape) - 1
+        skipped = start // entry.block_size * block_stride if is_last else start * row_stride
+        shape = tuple(end - start if k == axis else n for k, n in enumerate(self.shape))
+        return replace(
+            self, shape=shape, offset=self.offset + skipped, strides=(row_stride, block_stride)
+        )
+
+    def transposed(self) -> StoredTensor:
+        """The matrix with its axes exchanged.
+
+        Raises: CheckpointError: it is no matrix, or its blocks hold several elements of a row.
+        """
+        if len(self.shape) != 2:
+            raise self._refusal("is no matrix")
+        if format_named(self.format).block_size != 1:
+            raise self._refusal(f"is stored as {self.format} with inputs as rows, which cannot be")
+        row_stride, block_stride = self._strides()
+        rows, columns = self.shape
+        return replace(self, shape=(columns, rows), strides=(block_stride, row_stride))
 
     def read(self, axis: int, start: int, end: int) -> NDArray[np.uint8]:
         """Copy a range of rows (axis 0) or columns (axis 1).
@@ -87,27 +132,7 @@ class StoredTensor:
         Returns: uint8 [num_bytes(format, sliced shape)], contiguous and owned by the caller.
         Raises: CheckpointError: the range leaves the tensor or cuts a block.
         """
-        if axis not in range(min(len(self.shape), 2)):
-            raise CheckpointError(f"{self.name} {list(self.shape)} has no axis {axis} to slice")
-        limit = self.shape[axis]
-        if not 0 <= start <= end <= limit:
-            raise CheckpointError(f"{self.name}: {start}..{end} leaves axis {axis} of {limit}")
-        entry = format_named(self.format)
-        last = len(self.shape) - 1
-        if axis == last and (start % entry.block_size or end % entry.block_size):
-            raise CheckpointError(
-                f"{self.name}: range {start}..{end} cuts a {self.format} block; "
-                f"use multiples of {entry.block_size}"
-            )
-        if axis == 0:
-            row = num_bytes(self.format, self.shape[1:]) if last else 0
-            first = start * row if last else num_bytes(self.format, (start,))
-            size = num_bytes(self.format, (end - start, *self.shape[1:]))
-            return self.file.view(self.offset + first, size).copy()
-        rows = self.shape[0]
-        grid = self.file.view(self.offset, self.size_bytes).reshape(rows, -1)
-        columns = slice(num_bytes(self.format, (start,)), num_bytes(self.format, (end,)))
-        return np.array(grid[:, columns], order="C").reshape(-1)
+        return np.array(self.piece(axis, start, end)._grid(), order="C").reshape(-1)
 
     def read_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Copy single rows of a matrix.
@@ -116,5 +141,46 @@ class StoredTensor:
             row_ids: int64 [n], each inside the matrix.
         Returns: uint8 [n, bytes a row].
         """
-        grid = self.file.view(self.offset, self.size_bytes).reshape(self.shape[0], -1)
-        return grid[row_ids]
+        rows = self._grid()[row_ids]
+        return rows.reshape(len(row_ids), rows.shape[1] * rows.shape[2])
+
+    def _strides(self) -> tuple[int, int]:
+        if self.strides is not None:
+            return self.strides
+        row = num_bytes(self.format, self.shape[1:]) if len(self.shape) > 1 else self.size_bytes
+        return row, format_named(self.format).block_bytes
+
+    def _grid(self) -> NDArray[np.uint8]:
+        """uint8 [rows, blocks a row, bytes a block] over the mapping; a vector is one row."""
+        entry = format_named(self.format)
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        blocks = elements // entry.block_size // rows if rows else 0
+        return np.ndarray(
+            (rows, blocks, entry.block_bytes),
+            np.uint8,
+            buffer=self.file.bytes,
+            offset=self.offset if elements else 0,
+            strides=(*self._strides(), 1),
+        )
+
+    def _check_range(self, axis: int, start: int, end: int) -> None:
+        if axis not in range(min(len(self.shape), 2)):
+            raise CheckpointError(f"{self.name} {list(self.shape)} has no axis {axis} to slice")
+        limit = self.shape[axis]
+        if not 0 <= start <= end <= limit:
+            raise CheckpointError(f"{self.name}: {start}..{end} leaves axis {axis} of {limit}")
+        block = format_named(self.format).block_size
+        if axis == len(self.shape) - 1 and (start % block or end % block):
+            raise CheckpointError(
+                f"{self.name}: range {start}..{end} cuts a {self.format} block; "
+                f"use multiples of {block}"
+            )
+
+    def _refusal(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.file.path}: {one_line(self.name)} {list(self.shape)} {reason}; "
+            "the file is damaged or of another kind"
+        )

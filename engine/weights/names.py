@@ -1,100 +1,113 @@
-"""The name tables: what every tensor is called by us, in GGUF and by Hugging Face.
+"""Pairs our names with a file's tensors, by the tables of `families`.
 
-In: a checked configuration and the names a file has. Out: our name for each, the shape each must
-have, or one error that lists what is missing and what is left over. It opens no file.
+In: a checked configuration and the tensors a file has. Out: the shape each of ours must have, the
+part of a stored tensor that each is, or one error that lists what is missing and what is left over.
+It opens no file and reads no tensor data.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
-from engine.weights.mapped import one_line
+from engine.vision.names import vision_shapes
+from engine.weights.families import FAMILIES
+from engine.weights.formats import FORMATS, weight_format_names
+from engine.weights.mapped import StoredTensor, one_line
+from engine.weights.name_rows import LETTERS, SOURCE_TITLES, NameRow, Source
 
-Source = Literal["gguf", "huggingface"]
 MAX_LISTED = 4
+MAX_COUNTED = 1000
+# More than any model has: the largest mixtures have some 70,000.
+MAX_TENSORS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class NameRow:
-    """One line of the table; `{i}` stands for the layer. `shape` is in letters, see `_sizes`."""
+class _Ours:
+    """One of our tensors: its name in a table and in full."""
 
-    canonical: str
-    gguf: str
-    huggingface: str
-    shape: str
+    row: str
+    layer: int
+    expert: int | None
+    shape: tuple[int, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A model family: its tensors, and the names in its files that carry no weights of use."""
-
-    rows: tuple[NameRow, ...]
-    ignored: dict[Source, re.Pattern[str]] = field(default_factory=dict[Source, "re.Pattern[str]"])
+    def filled(self, text: str) -> str:
+        """A name of a table for this tensor's layer and expert."""
+        return text.replace("{i}", str(self.layer)).replace("{e}", str(self.expert))
 
 
-_HF = "model.layers.{i}."
-LLAMA = Family(
-    rows=(
-        NameRow("embedding", "token_embd.weight", "model.embed_tokens.weight", "VM"),
-        NameRow("layers.{i}.attention_norm", "blk.{i}.attn_norm.weight",
-                _HF + "input_layernorm.weight", "M"),
-        NameRow("layers.{i}.q", "blk.{i}.attn_q.weight", _HF + "self_attn.q_proj.weight", "QM"),
-        NameRow("layers.{i}.k", "blk.{i}.attn_k.weight", _HF + "self_attn.k_proj.weight", "KM"),
-        NameRow("layers.{i}.v", "blk.{i}.attn_v.weight", _HF + "self_attn.v_proj.weight", "KM"),
-        NameRow("layers.{i}.o", "blk.{i}.attn_output.weight",
-                _HF + "self_attn.o_proj.weight", "MQ"),
-        NameRow("layers.{i}.mlp_norm", "blk.{i}.ffn_norm.weight",
-                _HF + "post_attention_layernorm.weight", "M"),
-        NameRow("layers.{i}.gate", "blk.{i}.ffn_gate.weight", _HF + "mlp.gate_proj.weight", "FM"),
-        NameRow("layers.{i}.up", "blk.{i}.ffn_up.weight", _HF + "mlp.up_proj.weight", "FM"),
-        NameRow("layers.{i}.down", "blk.{i}.ffn_down.weight", _HF + "mlp.down_proj.weight", "MF"),
-        NameRow("final_norm", "output_norm.weight", "model.norm.weight", "M"),
-        NameRow("head", "output.weight", "lm_head.weight", "VM"),
-    ),
-    # Tables of inverse frequencies that old exports stored; they follow from the configuration.
-    ignored={"huggingface": re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")},
-)  # fmt: skip
-
-FAMILIES = {"llama": LLAMA}
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
+def _sizes(config: ModelConfig, layer: int) -> dict[str, int]:
+    """Letters of a table to numbers; LETTERS says what they are."""
     return {
         "V": config.vocab_size,
         "M": config.width,
-        "F": config.mlp_width,
         "Q": config.num_heads * config.head_width,
         "K": config.num_kv_heads * config.head_width,
+        "D": config.head_width,
+        "F": config.layers[layer].mlp_width,
+        "E": config.experts.count if config.experts else 0,
     }
 
 
-def _expanded(config: ModelConfig) -> Iterable[tuple[NameRow, str]]:
-    """Every row of the family's table with every layer number, in the order of computation."""
-    rows = FAMILIES[config.family].rows
-    first_layer_row = next(k for k, row in enumerate(rows) if "{i}" in row.canonical)
-    layer_rows = [row for row in rows if "{i}" in row.canonical]
-    for row in rows[:first_layer_row]:
-        yield row, ""
+def _attention_tensors(config: ModelConfig) -> list[tuple[str, str]]:
+    tensors = [("attention_norm", "M"), ("q", "QM"), ("k", "KM"), ("v", "KM"), ("o", "MQ")]
+    if config.has_qkv_bias:
+        tensors += [("q_bias", "Q"), ("k_bias", "K"), ("v_bias", "K")]
+    if config.has_output_bias:
+        tensors.append(("o_bias", "M"))
+    if config.qk_norm == "weight":
+        tensors += [("q_norm", "D"), ("k_norm", "D")]
+    if config.has_post_norms:
+        tensors.append(("attention_post_norm", "M"))
+    return tensors
+
+
+_MLP = (("gate", "FM"), ("up", "FM"), ("down", "MF"))
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, int | None, str]]:
+    """Name in a table, expert, shape in letters."""
+    for name, letters in _attention_tensors(config):
+        yield "layers.{i}." + name, None, letters
+    yield "layers.{i}.mlp_norm", None, "M"
+    if config.has_post_norms:
+        yield "layers.{i}.mlp_post_norm", None, "M"
+    experts = config.experts if config.layers[layer].has_experts else None
+    if experts is None:
+        yield from (("layers.{i}." + name, None, letters) for name, letters in _MLP)
+        return
+    yield "layers.{i}.router", None, "EM"
+    for expert in range(experts.count):
+        for name, letters in _MLP:
+            yield "layers.{i}.experts.{e}." + name, expert, letters
+    if experts.has_shared:
+        yield from (("layers.{i}.shared." + name, None, letters) for name, letters in _MLP)
+
+
+def _all_tensors(config: ModelConfig) -> Iterator[_Ours]:
+    """Every tensor in the order of computation."""
+    vocabulary = (config.vocab_size, config.width)
+    yield _Ours("embedding", 0, None, vocabulary)
     for layer in range(config.num_layers):
-        for row in layer_rows:
-            yield row, str(layer)
-    for row in rows[first_layer_row + len(layer_rows) :]:
-        yield row, ""
+        sizes = _sizes(config, layer)
+        for row, expert, letters in _layer_tensors(config, layer):
+            yield _Ours(row, layer, expert, tuple(sizes[letter] for letter in letters))
+    yield _Ours("final_norm", 0, None, (config.width,))
+    yield _Ours("head", 0, None, vocabulary)
+    if config.vision is not None:
+        for name, shape in vision_shapes(config.vision, config.width).items():
+            before, found, after = name.partition("vision.layers.")
+            number, _, rest = after.partition(".")
+            row = f"{before}{found}{{i}}.{rest}" if found else name
+            yield _Ours(row, int(number) if found else 0, None, shape)
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our name of every tensor of a model, `head` included, with its shape in torch order."""
-    sizes = _sizes(config)
-    return {
-        row.canonical.replace("{i}", layer): tuple(sizes[letter] for letter in row.shape)
-        for row, layer in _expanded(config)
-    }
+    return {ours.filled(ours.row): ours.shape for ours in _all_tensors(config)}
 
 
 def _listed(names: list[str]) -> str:
@@ -103,57 +116,128 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def match_names(
-    path: Path, config: ModelConfig, source: Source, stored: Iterable[str]
-) -> dict[str, str]:
-    """Pair our names with a file's names.
+def _count(config: ModelConfig) -> int:
+    """About how many tensors of ours a model has, without naming them."""
+    per_expert, rest = len(_MLP), 3 + 16
+    layers = sum(rest + per_expert * config.num_experts(n) for n in range(config.num_layers))
+    vision = rest * config.vision.num_layers if config.vision else 0
+    return layers + vision
+
+
+def _by_table_name(
+    path: Path, config: ModelConfig, source: Source, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    table = FAMILIES[config.family].tables[source]
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        known = table.read_as(name)
+        if known in found:
+            raise CheckpointError(
+                f"{path}: {one_line(name)} and {one_line(found[known].name)} are the same tensor; "
+                "fetch the model again"
+            )
+        found[known] = tensor
+    return found
+
+
+def bind_tensors(
+    path: Path, config: ModelConfig, source: Source, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Find each of our tensors in a file.
 
     Args:
-        path: for the message.
-        config: validated.
+        path: for messages.
+        config: validated; its family has a table for `source`.
         source: whose names `stored` are.
-        stored: every tensor name of the file.
-    Returns: our name to the file's name, complete; `head` is absent where it is tied.
-    Raises: CheckpointError: one error that lists missing and unknown names.
+        stored: every tensor of the file by its name.
+    Returns: our name to the stored tensor or the part of one that it is, complete; a tied `head`
+        is the embedding under a second name.
+    Raises: CheckpointError: one error that lists missing and unknown names; or a tensor has another
+        shape than the configuration says, or a format that is not supported.
     """
-    family = FAMILIES[config.family]
-    left = dict.fromkeys(stored)
-    found: dict[str, str] = {}
-    missing: list[str] = []
-    total = 0
-    for row, layer in _expanded(config):
-        name = (row.gguf if source == "gguf" else row.huggingface).replace("{i}", layer)
-        if row.canonical == "head" and config.is_head_tied:
-            left.pop(name, None)  # a stored copy of a tied head is not used
+    if _count(config) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path}: {config.num_layers} layers with up to "
+            f"{max(map(config.num_experts, range(config.num_layers)))} MLPs are more than "
+            f"{MAX_TENSORS:,} tensors; the configuration is damaged"
+        )
+    table = FAMILIES[config.family].tables[source]
+    rows: dict[str, list[NameRow]] = {}
+    for row in table.rows:
+        rows.setdefault(row.canonical, []).append(row)
+    known = _by_table_name(path, config, source, stored)
+    left = dict.fromkeys(known)
+    missing: dict[str, None] = {}  # cut at MAX_COUNTED: a damaged size must not fill the memory
+    num_missing = total = 0
+    for ours in _all_tensors(config):
+        candidates = [ours.filled(row.stored) for row in rows.get(ours.row, ())]
+        if ours.row == "head" and config.is_head_tied:
+            for name in candidates:
+                left.pop(name, None)  # a stored copy of a tied head is not used
             continue
         total += 1
-        if name in left:
-            del left[name]
-            found[row.canonical.replace("{i}", layer)] = name
-        else:
-            missing.append(name)
-    ignored = family.ignored.get(source)
-    unknown = [name for name in left if not (ignored and ignored.fullmatch(name))]
+        name = next((name for name in candidates if name in known), None)
+        if name is not None:
+            left.pop(name, None)
+            continue
+        num_missing += 1
+        if len(missing) < MAX_COUNTED:
+            missing[candidates[0] if candidates else ours.filled(ours.row)] = None
+    unknown = [known[name].name for name in left if not table.ignored.fullmatch(name)]
     if missing or unknown:
         parts: list[str] = []
         if missing:
-            parts.append(f"missing: {_listed(missing)} ({len(missing)} of {total})")
+            parts.append(f"missing: {_listed(list(missing))} ({num_missing} of {total})")
         if unknown:
             parts.append(f"unknown: {_listed(unknown)} ({len(unknown)})")
         raise CheckpointError(
             f"{path}: the tensors do not fit a {config.family} model of {config.num_layers} "
-            f"layers; {'; '.join(parts)}"
+            f"layers; {'; '.join(parts)}; fetch the whole model again"
         )
-    return found
+    bound: dict[str, StoredTensor] = {}
+    for ours in _all_tensors(config):
+        if ours.row == "head" and config.is_head_tied:
+            bound["head"] = bound["embedding"]
+            continue
+        pairs = ((row, ours.filled(row.stored)) for row in rows[ours.row])
+        row, name = next((row, name) for row, name in pairs if name in known)
+        bound[ours.filled(ours.row)] = _part(path, config, ours, row, known[name])
+    return bound
+
+
+def _part(
+    path: Path, config: ModelConfig, ours: _Ours, row: NameRow, stored: StoredTensor
+) -> StoredTensor:
+    if not FORMATS[stored.format].is_weight:
+        raise CheckpointError(
+            f"{path}: {one_line(stored.name)} is stored as {stored.format}, which is not "
+            f"supported; use one of {weight_format_names()}"
+        )
+    layer = ours.layer if ours.row.startswith("layers.") else 0
+    tensor = row.part.of(stored, _sizes(config, layer), ours.expert)
+    if tensor.shape != ours.shape:
+        part = f" ({row.part})" if str(row.part) else ""
+        raise CheckpointError(
+            f"{path}: {one_line(stored.name)}{part} has shape {list(tensor.shape)}, its "
+            f"configuration says {list(ours.shape)}; the file is damaged or mixed from two models"
+        )
+    return tensor
 
 
 def printable_table(family: str) -> str:
-    """The table of a family in three aligned columns: ours, GGUF, Hugging Face."""
-    rows = [("shardmix", "GGUF", "Hugging Face")]
-    rows += [(row.canonical, row.gguf, row.huggingface) for row in FAMILIES[family].rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
+    """The tables of a family, one block of aligned columns for each source."""
+    blocks: list[str] = []
+    for source, table in FAMILIES[family].tables.items():
+        cells = [("shardmix", SOURCE_TITLES[source], "part")]
+        cells += [(row.canonical, row.stored, str(row.part)) for row in table.rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(3)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        lines += [f"{left}*  is read as  {right}*" for left, right in table.prefixes]
+        blocks.append("\n".join(lines))
+    used = {letter for table in FAMILIES[family].tables.values() for row in table.rows
+            for letter in row.part.pieces}  # fmt: skip
+    blocks.append("\n".join(f"{letter}: {LETTERS[letter]}" for letter in LETTERS if letter in used))
+    return "\n\n".join(blocks)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from engine.errors import CheckpointError
 from engine.weights.formats import FORMATS, num_bytes
-from engine.weights.hf_config import parse_json_object, read_json_object
+from engine.weights.json_settings import parse_json_object, read_json_object
 from engine.weights.mapped import MappedFile, StoredTensor, one_line
 
 SINGLE_NAME = "model.safetensors"
@@ -165,11 +165,13 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     return names, checked
 
 
-def _refuse_escape(folder: Path, path: Path) -> None:
+def refuse_escape(folder: Path, path: Path) -> None:
     """Refuse a link that leads out of the folder.
 
     The cache of the Hugging Face hub links snapshots/REVISION/NAME to ../../blobs/HASH; that
     layout stays allowed, everything else must lie in the folder itself.
+
+    Raises: CheckpointError: `path` is such a link.
     """
     root, real = folder.resolve(), path.resolve()
     allowed = [root]
@@ -207,7 +209,7 @@ def open_folder(folder: Path) -> tuple[list[MappedFile], dict[str, StoredTensor]
                 )
         for name in names:
             path = folder / name
-            _refuse_escape(folder, path)
+            refuse_escape(folder, path)
             files.append(MappedFile(path))
             for tensor, place in read_header(files[-1]).items():
                 if tensor in tensors:

@@ -14,7 +14,7 @@ from app.settings import Settings
 from app.stages import StartOptions
 from engine.cluster.messages import Message, ProcessUsage
 from engine.host import messages as api
-from engine.model.config import ModelConfig
+from engine.model.config import Layer, ModelConfig, Rope
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.presets import single
 
@@ -22,14 +22,13 @@ from engine.plan.presets import single
 CONFIG = ModelConfig(
     family="llama",
     width=48,
-    num_layers=5,
+    layers=(Layer(mlp_width=211),) * 5,
     num_heads=9,
     num_kv_heads=3,
     head_width=16,
-    mlp_width=211,
     vocab_size=999,
     norm_epsilon=1e-5,
-    rope_theta=10_000.0,
+    ropes=(Rope(theta=10_000.0),),
     rope_layout="half",
     max_positions=2048,
     is_head_tied=True,
@@ -92,6 +91,7 @@ def model_opened(request_id: int, config: ModelConfig = CONFIG) -> api.ModelOpen
         config=config,
         dtype="float32",
         kv_window=1024,
+        kv_dtype="bfloat16",
         file_bytes=1000,
     )
 

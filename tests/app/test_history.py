@@ -20,7 +20,7 @@ def _sample(time_s: float, tokens: int = 2, seconds: float = 0.125, **usage: flo
         seconds=seconds,
         prompt_tokens=0,
         generated_tokens=tokens,
-        devices=(DeviceUsage(device="a", network_bytes=0, **used),),
+        devices=(DeviceUsage(device="a", network_bytes=0, cache_bytes=0, **used),),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.real_model import chat_ids, oracle_logits
+from tests.tiny_models import save_tiny_llama
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
 
@@ -113,7 +114,64 @@ def test_bench_prints_the_promised_json(default_model_path: Path) -> None:
     assert found["decode_tps"] > 0
 
 
+def test_generate_takes_every_decoding_option(tmp_path: Path) -> None:
+    """The bias makes token 40 win every time, until min_tokens let the stop id end the answer."""
+    save_tiny_llama(tmp_path)
+    result = shardmix(
+        *("generate", "abc", "--raw", "--model", str(tmp_path), "--json", "--logprobs", "2"),
+        *("--temperature", "0.8", "--top-k", "50", "--top-p", "0.99", "--min-p", "0.01"),
+        *("--repetition-penalty", "1.05", "--presence-penalty", "0.1", "--seed", "7"),
+        *("--frequency-penalty", "0.1", "--logit-bias", "40=90", "--logit-bias", "41=100"),
+        *("--stop-id", "41", "--min-tokens", "3", "--max-tokens", "9"),
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["token_ids"] == [40, 40, 40, 41]
+    assert found["finish_reason"] == "stop"
+    assert [t["token_id"] for t in found["logprobs"]] == found["token_ids"]
+    for token in found["logprobs"]:
+        # Of the model itself: the biased token is an ordinary one.
+        first, second = token["top"]
+        assert token["logprob"] <= first["logprob"] < 0
+        assert second["logprob"] <= first["logprob"]
+        assert second["token_id"] != first["token_id"]
+
+
 # ---- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--logit-bias", "5"), ("--logit-bias '5'", "15=-2.5")),
+        (("--logit-bias", "5=nan"), ("logit_bias of token 5", "nan")),
+        (("--min-p", "2"), ("min_p", "from 0 to 1", "got 2")),
+        (("--presence-penalty", "inf"), ("presence_penalty", "inf")),
+        (("--min-tokens", "600"), ("min_tokens 600", "max_tokens 512")),
+        (("--seed", str(2**64)), ("seed", str(2**64 - 1))),
+        (("--max-tokens", "-1"), ("max_tokens", "-1")),
+        (("--logprobs", "21", "--json"), ("logprobs", "20", "got 21")),
+        (("--stop-id", "-3"), ("stop id -3", "0")),
+    ],
+)
+def test_decoding_options_that_break_a_rule_are_refused_before_anything_starts(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """The model does not exist: whoever looked for it would say so instead."""
+    result = shardmix("generate", "hi", *arguments, "--model", "nowhere.gguf")
+    assert_one_line_error(result, *words)
+
+
+def test_what_the_vocabulary_lacks_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    """Bug: ids were checked only after the plan was in force; here there is none to put in force."""
+    save_tiny_llama(tmp_path)
+    for arguments in (
+        ("generate", "hi", "--stop-id", "99"),
+        ("generate", "hi", "--logit-bias", "99=1"),
+        ("logits", "--ids", "5,99", "--out", str(tmp_path / "x.npy")),
+    ):
+        result = shardmix(*arguments, "--model", str(tmp_path), "--plan", "nowhere.toml")
+        assert_one_line_error(result, " 99 is not in the vocabulary of 99")
 
 
 def test_a_truncated_model_is_refused(default_model_path: Path, tmp_path: Path) -> None:
@@ -188,6 +246,7 @@ def test_a_plan_with_an_unknown_node_is_refused(default_model_path: Path, tmp_pa
         ("generate", "hi", "--dtype", "float8"),
         ("generate", "hi", "--workers", "-1"),
         ("logits", "--out", "x.npy"),
+        ("generate", "hi", "--logprobs", "2"),
         ("fly",),
         ("--nonsense",),
     ],

@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.plan.plan import Plan, PlanShape
+from engine.plan.plan import PlanShape
 from engine.plan.presets import single
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from tests.engine.model.conftest import any_plan, assert_close, oracle_logits
 from tests.one_process import OneProcess
 from tests.tiny_models import VOCAB_SIZE, save_tiny_llama
-
-# Float32 with logits of order 1: only the order of additions differs.
-TOLERANCE = 1e-5
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -31,19 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide theta": {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
 }
 IDS = np.random.default_rng(3).integers(0, VOCAB_SIZE, 41).tolist()
-
-
-def oracle_logits(model: Any, ids: list[int]) -> NDArray[np.float32]:
-    """What transformers computes, float32 [T, V]."""
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
-
-
-def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    """Compare, and say where the largest difference is."""
-    difference = np.abs(found - expected)
-    where = np.unravel_index(difference.argmax(), difference.shape)
-    assert difference.max() <= TOLERANCE, f"largest difference {difference.max():.3g} at {where}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,18 +72,6 @@ def test_token_by_token_gives_the_same_logits(tiny: tuple[Checkpoint, NDArray[An
     model = OneProcess(checkpoint, plan)
     rows = [model.logits([token], n, "generated") for n, token in enumerate(IDS)]
     assert_close(np.concatenate(rows), expected)
-
-
-@st.composite
-def any_plan(draw: st.DrawFn, shape: PlanShape) -> Plan:
-    """A plan of three devices in which every row is cut anywhere."""
-    rows: list[tuple[int, ...]] = []
-    for row in range(shape.num_rows):
-        total = shape.num_quanta(row)
-        first = draw(st.integers(0, total))
-        second = draw(st.integers(0, total - first))
-        rows.append((first, second, total - first - second))
-    return Plan(shape, ("a/cpu", "b/cpu", "c/cpu"), tuple(rows)).validate()
 
 
 @settings(deadline=None, max_examples=40)

@@ -16,11 +16,17 @@ DEVICES = st.lists(
 def shapes(draw: st.DrawFn) -> PlanShape:
     """Up to 7 layers; the last quantum of a row is often cut short."""
     num_kv_heads = draw(st.integers(1, 5))
+    num_layers = draw(st.integers(1, 7))
+    width = st.integers(1, 300)
+    # Layers with experts are narrower than those without.
+    two_widths = st.lists(width, min_size=2, max_size=2).flatmap(
+        lambda both: st.lists(st.sampled_from(both), min_size=num_layers, max_size=num_layers)
+    )
     return PlanShape(
-        num_layers=draw(st.integers(1, 7)),
+        num_layers=num_layers,
         num_heads=num_kv_heads * draw(st.integers(1, 5)),
         num_kv_heads=num_kv_heads,
-        mlp_width=draw(st.integers(1, 300)),
+        mlp_width=draw(st.one_of(width, two_widths.map(tuple))),
         vocab_size=draw(st.integers(1, 3000)),
         mlp_quantum=draw(st.sampled_from([1, 7, 32])),
         head_quantum=draw(st.sampled_from([1, 100, 256])),
@@ -45,10 +51,15 @@ def plans(draw: st.DrawFn) -> Plan:
         edges = [0, *cuts, total]
         return tuple(edges[index + 1] - edges[index] for index in range(len(devices)))
 
-    layer_kinds = [(cells(0), cells(1)) for _ in range(draw(st.integers(1, 2)))]
+    num_kinds = draw(st.integers(1, 2))
+    kinds: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
     rows: list[tuple[int, ...]] = []
-    for _ in range(shape.num_layers):
-        rows.extend(draw(st.sampled_from(layer_kinds)))
+    for layer in range(shape.num_layers):
+        row = shape.mlp_row(layer)
+        kind = draw(st.integers(1, num_kinds)), shape.num_quanta(row)
+        if kind not in kinds:
+            kinds[kind] = cells(0), cells(row)
+        rows.extend(kinds[kind])
     rows.append(cells(shape.head_row))
     wire = draw(st.sampled_from(WIRE_FORMATS))
     return Plan(shape, tuple(devices), tuple(rows), wire).validate()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import PlanError
-from engine.model.config import ModelConfig
+from engine.model.config import Layer, ModelConfig, Rope
 from engine.plan import presets
 from engine.plan.plan import Plan, PlanShape
 from tests.engine.plan.strategies import DEVICES, as_percentages, plans, shapes, weight_lists
@@ -153,23 +153,25 @@ def test_rows_are_attention_and_mlp_of_each_layer_and_then_the_head(odd_shape: P
             odd_shape.row_kind(row)
 
 
-def test_the_shape_comes_from_the_model_config() -> None:
+@pytest.mark.parametrize(
+    ("widths", "expected"), [((1536,) * 30, 1536), ((75, 37) * 15, (75, 37) * 15)]
+)
+def test_the_shape_comes_from_the_model_config(widths: tuple[int, ...], expected: object) -> None:
     config = ModelConfig(
         family="llama",
         width=576,
-        num_layers=30,
+        layers=tuple(Layer(mlp_width=width) for width in widths),
         num_heads=9,
         num_kv_heads=3,
         head_width=64,
-        mlp_width=1536,
         vocab_size=49152,
         norm_epsilon=1e-5,
-        rope_theta=1e5,
+        ropes=(Rope(theta=1e5),),
         rope_layout="half",
         max_positions=8192,
         is_head_tied=True,
     )
-    assert PlanShape.from_config(config) == PlanShape(30, 9, 3, 1536, 49152)
+    assert PlanShape.from_config(config) == PlanShape(30, 9, 3, expected, 49152)
 
 
 @given(plans())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,89 @@ CORPUS = [
     "how much wood would a woodchuck chuck if a woodchuck could chuck wood",
     "numbers such as 10 20 30 and 100 200 300 are in the text as well",
 ]
+
+
+# One sample of every kind of character that matters.
+UNICODE = {
+    "latin": "Ünïcödé Ÿ ß ẞ æ œ ŋ ƒ Ǆ ĳ",
+    "greek": "Ελληνικά ώ ΐ ς Σ ϕ",
+    "cyrillic": "Кириллица ё й ѣ Ѫ ґ",
+    "hebrew": "שָׁלוֹם עולם ־ ״",
+    "arabic": "السَّلامُ عليكم ٠١٢٣ \u200f",
+    "devanagari": "क्षत्रिय हिन्दी ज़ ०१२",
+    "thai": "ภาษาไทย เก้าอี้ ๐๑๒",
+    "hangul": "한국어 ᄒ\u1161\u11ab ㄱㄴ",
+    "cjk": "漢字 汉字 々〇 「」、。",
+    "cjk extension b": "\U00020000\U0002a6d6 𠮷野家",
+    "kana": "ひらがな カタカナ ｶﾀｶﾅ ー が か\u3099",
+    "combining": "e\u0301\u0323 a\u0308 Z\u0351\u036b\u0343\u036a o\u0302\u0304",
+    "emoji": "👩‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🏴\U000e0067\U000e0062\U000e007f ☺️ 1️⃣",
+    "regional": "🇫🇷🇩🇪🇯",
+    "private use": "\ue000 \uf8ff \U000f0000 \U0010fffd",
+    "astral": "\U0001d49c \U00010348 \U0001f9ff \U0010ffff",
+    "control": "\x01\x07\x1b[0m\x7f\x80\x85\x9f",
+    "nul": "\0 a\0b \0",
+    "spaces": "a\u00a0b\u2003c\u3000d\u202fe",
+    "zero width": "a\u200bb\u200cc\u200dd\u2060e\ufeff",
+    "lines": "a\r\nb\nc\rd\u2028e\u2029f\x0bg\x0c",
+    "runs": "  a   b     \n\n\n\n\t\t  ",
+    "marks": "<|im_start|> </s> <s> <unk> <start_of_turn> <0x0A> <0xFF> [INST] <|eot_id|>",
+    "halves": "<|im_ start|> </ s> <0x 0A>",
+    "not characters": "\ufffe \uffff \ufffd",
+}
+
+
+@pytest.fixture(scope="session")
+def unicode_texts() -> dict[str, str]:
+    return UNICODE
+
+
+@pytest.fixture(scope="session")
+def train_pieces() -> Callable[..., bytes]:
+    """Trains a tiny SentencePiece model on CORPUS; returns the bytes of the file.
+
+    Most of UNICODE is not in it, so those characters are written in bytes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import sentencepiece
+
+    lines = [line for text in CORPUS for line in text.split("\n")]
+    lines = [line for line in lines if line.strip() and "\0" not in line] * 3
+
+    @cache
+    def train(model_type: str = "bpe", rule: str = "identity", **settings: Any) -> bytes:
+        file = io.BytesIO()
+        # The trainer takes lists, the cache tuples.
+        settings = {key: [*v] if isinstance(v, tuple) else v for key, v in settings.items()}
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            model_type=model_type,
+            vocab_size=501,
+            byte_fallback=True,
+            normalization_rule_name=rule,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            num_threads=1,
+            **{"character_coverage": 0.98, "remove_extra_whitespaces": False, **settings},
+        )
+        return file.getvalue()
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def load_pieces() -> Callable[[bytes], Any]:
+    """sentencepiece's own processor of a model, the oracle."""
+    import sentencepiece
+
+    def load(data: bytes) -> Any:
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(data)
+        return processor
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.text.tokenizer import load_tokenizer
 
 JSON = st.recursive(
@@ -106,3 +106,92 @@ def test_a_file_that_is_no_utf8_is_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+BYTES = st.binary(min_size=1, max_size=3) | st.sampled_from([b"\xff" * 9, b"\0", b"\x80\x80", b""])
+DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.booleans(), BYTES), min_size=1, max_size=6)
+SAMPLE = "h\u00e9llo \ufb01  the dog\n\n\0 <table> \u65e5\u672c e\u0301 </s>"
+
+
+def damaged(data: bytes, damage: list[tuple[float, bool, bytes]], cut: float) -> bytes:
+    """Replace or insert bytes at fractions of the length, then cut the end off."""
+    for fraction, is_inserted, new in damage:
+        place = int(fraction * (len(data) - 1))
+        data = data[:place] + new + data[place + (0 if is_inserted else len(new)) :]
+    return data[: int(cut * len(data))] if cut < 0.9 else data
+
+
+def check_loads_or_tells(path: Path) -> None:
+    try:
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer.encode(SAMPLE)
+    except EngineError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 2000
+        return
+    assert not any(tokenizer.is_control(id) for id in ids if id != tokenizer.unk_id)
+    assert isinstance(tokenizer.decode(ids), str)
+
+
+@pytest.mark.parametrize(("model_type", "rule"), [("bpe", "identity"), ("unigram", "nmt_nfkc")])
+@settings(max_examples=250)
+@given(damage=DAMAGE, cut=st.floats(0, 10), where=st.sampled_from([1.0, 0.02]))
+def test_damaged_model_files(
+    tmp_path_factory: pytest.TempPathFactory,
+    train_pieces: Callable[..., bytes],
+    model_type: str,
+    rule: str,
+    damage: list[tuple[float, bool, bytes]],
+    cut: float,
+    where: float,
+) -> None:
+    """Pieces at the beginning, settings and the table of NFKC, most of the file, after them."""
+    data = train_pieces(model_type, rule, user_defined_symbols=("\n\n", "<table>"))
+    path = tmp_path_factory.getbasetemp() / f"damaged-{model_type}.model"
+    path.write_bytes(damaged(data, [(f * where, *rest) for f, *rest in damage], cut))
+    check_loads_or_tells(path)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def gguf_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A real, small file of either kind."""
+    import gguf
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [2, 3, 3, *[6] * 256]
+    tokens += ["\u2581", "t", "h", "e", "th", "the", "<table>"]
+    kinds += [*[1] * 6, 4]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(request.param)
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(id) for id in range(len(tokens))])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template("{{ messages }}<table>")
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+@settings(max_examples=250)
+@given(damage=DAMAGE, cut=st.floats(0, 10))
+def test_damaged_gguf_vocabularies(
+    tmp_path_factory: pytest.TempPathFactory,
+    gguf_file: bytes,
+    damage: list[tuple[float, bool, bytes]],
+    cut: float,
+) -> None:
+    """Only the metadata are damaged: the tensors are the affair of other tests."""
+    size = gguf_file.index(b"token_embd.weight")
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(damaged(gguf_file[:size], damage, cut) + gguf_file[size:])
+    check_loads_or_tells(path)

@@ -107,6 +107,22 @@ def test_tokens_that_the_template_writes_are_protected_too(
     assert not tokenizer.is_control(tool)
 
 
+@pytest.mark.parametrize("marks", [["<s>", "<unk>"], ["<s>", "<unk>", "a<unk>"]])
+def test_the_unknown_token_is_no_word_either(tmp_path: Path, marks: list[str]) -> None:
+    """Where a whole word is taken at once, the unknown token's text was such a word."""
+    vocab = {text: id for id, text in enumerate([*marks, *"abknu<>"])}
+    model = tokenizers.models.BPE(vocab, [], unk_token="<unk>", ignore_merges=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(marks)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("<unk>", "<s>", "a<unk>"):
+        expected = [vocab.get(character, vocab["<unk>"]) for character in text]
+        assert tokenizer.encode(text) == expected
+    assert tokenizer.encode("\N{SNOWMAN}") == [tokenizer.unk_id] == [1]
+
+
 @pytest.mark.parametrize("role", ["", "user\n", "<|im_end|>", "User", "x" * 33])
 def test_a_role_is_a_word(template: ChatTemplate, role: str) -> None:
     with pytest.raises(PromptError, match="is not a short lower-case word"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,48 @@ def test_a_qwen2_vocabulary(
         assert ours.encode(text) == reference.encode(text), text
 
 
-def test_the_words_of_llama3_are_those_of_transformers() -> None:
+def test_the_words_of_every_name_are_those_of_transformers() -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+    shared = PRE_TOKENIZERS.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()
+    assert {"llama-bpe", "llama3", "llama4", "gpt-4o", "qwen2", "tekken"} <= shared
+    for name in shared:
+        words = PRE_TOKENIZERS[name].words["pretokenizers"]
+        assert words[0]["pattern"]["Regex"] == GGUF_PRE_TOKENIZER_SPLITS[name], name
     pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
-    words = PRE_TOKENIZERS["llama-bpe"].words["pretokenizers"]
-    assert words[0]["pattern"]["Regex"] == pattern
-    assert PRE_TOKENIZERS["llama-bpe"].ignores_merges
+    assert PRE_TOKENIZERS["llama-bpe"].words["pretokenizers"][0]["pattern"]["Regex"] == pattern
+    for name in ("llama-bpe", "llama4", "tekken"):
+        assert PRE_TOKENIZERS[name].ignores_merges
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama4", "tekken", "qwen2", "smaug-bpe"])
+def test_vocabularies_with_patterns_of_their_own(
+    pre: str,
+    train_bpe: Callable[..., tokenizers.Tokenizer],
+    texts: list[str],
+    unicode_texts: dict[str, str],
+) -> None:
+    """The oracle cuts words by the pattern that transformers has for the name."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    words = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend = train_bpe(["<|end|>"], words)
+    if pre == "qwen2":
+        backend.normalizer = tokenizers.normalizers.NFC()
+    ours = Tokenizer(
+        vocabulary_from_metadata(Path("x.gguf"), bpe_metadata(backend, pre, ["<|end|>"]))
+    )
+    for text in [*texts, *unicode_texts.values()]:
+        ids = ours.encode(text)
+        assert ids == backend.encode(text, add_special_tokens=False).ids, text
+        normal = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+        assert ours.decode(ids) == normal
 
 
 def test_a_word_that_is_a_token_needs_no_merges_in_llama3(
@@ -165,10 +201,9 @@ def test_a_sentencepiece_vocabulary(tmp_path: Path, texts: list[str], adds_space
     ours = Tokenizer(vocabulary_from_metadata(Path("x.gguf"), values))
     assert ours.adds_bos
     for text in texts:
-        if "\0" in text:
-            continue  # the reference ends a text there
         assert ours.encode(text) == reference.EncodeAsIds(text), text
-        decoded = ours.decode(ours.encode(text))
+        assert ours.decode(ours.encode(text)) == text
+        decoded = ours.decode(ours.encode(text), is_start=False)
         assert decoded == (f" {text}" if adds_space and text else text)
     assert not {1, 2} & {*ours.encode("<s>hello</s>")}
 
@@ -194,8 +229,7 @@ def test_a_tokenizer_json(
         save_folder(tmp_path, backend, bos_token="<s>", eos_token={"content": "</s>"})
     )
     assert (ours.bos_id, ours.adds_bos) == (backend.token_to_id("<s>"), True)
-    # <|end|> ends a turn wherever it is a control token.
-    assert ours.eos_ids == {backend.token_to_id("</s>"), backend.token_to_id("<|end|>")}
+    assert ours.eos_ids == {backend.token_to_id("</s>")}
     assert ours.vocab_size == backend.get_vocab_size()
     marked = ["a<tool>b", "<|turn|>user\nhi<|end|>  \n<|turn|>x<s></s>", "<|end|>", "a <|end|>  "]
     for text in [*texts, *marked]:

@@ -171,8 +171,8 @@ def test_the_default_model_is_read_as_gguf_reads_it(default_model_path: Path) ->
     with open_checkpoint(default_model_path) as model:
         config = model.config
         assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
-        assert (config.width, config.mlp_width, config.vocab_size) == (576, 1536, 49152)
-        assert (config.rope_theta, config.rope_layout) == (100000.0, "adjacent")
+        assert (config.width, config.layers[0].mlp_width, config.vocab_size) == (576, 1536, 49152)
+        assert (config.ropes[0].theta, config.rope_layout) == (100000.0, "adjacent")
         assert config.is_head_tied
         for layer in (0, 29):
             tensor = theirs[f"blk.{layer}.ffn_down.weight"]

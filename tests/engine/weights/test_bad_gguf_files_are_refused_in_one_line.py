@@ -155,17 +155,56 @@ def test_metadata_that_does_not_fit_the_tensors_is_refused(
 
 UNSUPPORTED: list[tuple[Callable[[gguf.GGUFWriter], None], str]] = [
     (
-        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-        "llama.rope.scaling.type = yarn is not supported",
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+        r"rope.scaling.type = 'longrope' is not supported \(none, linear, yarn\)",
     ),
-    (lambda writer: writer.add_rope_scaling_factor(8.0), "rope.scaling.factor = 8.0"),
-    (lambda writer: writer.add_expert_count(8), "llama.expert_count = 8 is not supported"),
-    (lambda writer: writer.add_sliding_window(32), "attention.sliding_window = 32"),
-    (lambda writer: writer.add_rope_dimension_count(16), "rope.dimension_count 16 differs"),
-    (lambda writer: writer.add_uint16("split.count", 3), "a model in 3 files"),
+    (lambda writer: writer.add_rope_scaling_factor(-8.0), "RoPE factor -8.0 is not a positive"),
     (
-        lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(16, np.float32)),
-        "rope_freqs.weight means Llama 3 RoPE scaling",
+        lambda writer: writer.add_float32("llama.rope.scaling.yarn_attn_factor", 2.0),
+        "rope.scaling.yarn_attn_factor = 2.0 is not supported",
+    ),
+    (lambda writer: writer.add_logit_scale(0.5), "logit_scale = 0.5 is not supported"),
+    (lambda writer: writer.add_attn_logit_softcapping(5.0), "attn_logit_softcapping = 5.0"),
+    (lambda writer: writer.add_clamp_kqv(5.0), "attention.clamp_kqv = 5.0 is not supported"),
+    (lambda writer: writer.add_sliding_window(2**31), "sliding_window 2147483648 is not between"),
+    (lambda writer: writer.add_rope_dimension_count(16), "rope.dimension_count 16 differs"),
+    (lambda writer: writer.add_expert_count(5000), "expert_count 5000 is not between 1 and 4,096"),
+    (lambda writer: writer.add_expert_count(8), "expert_used_count is missing"),
+    (
+        lambda writer: (writer.add_expert_count(8), writer.add_expert_used_count(9))[0],
+        "expert_used_count 9 is not between 1 and expert_count 8",
+    ),
+    (
+        lambda writer: (
+            writer.add_expert_count(8),
+            writer.add_expert_used_count(2),
+            writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
+        )[0],
+        r"expert_gating_func = 2 is not supported \(1\)",
+    ),
+    (
+        lambda writer: writer.add_array("llama.attention.head_count_kv", [1, 1]),
+        r"head_count_kv must be one integer, found int32\[\]",
+    ),
+    (
+        lambda writer: writer.add_bool("llama.rope.freq_base", True),
+        "rope.freq_base must be one number, found bool",
+    ),
+    (
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(15, np.float32)),
+        r"rope_freqs.weight is F32 \[15\], its heads need \[16\] numbers",
+    ),
+    (
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.zeros(16, np.float32)),
+        "a RoPE factor 0.0 is not a positive number",
+    ),
+    (
+        lambda writer: writer.add_tensor("direction.536870912", np.ones(96, np.float32)),
+        r"layer 536870912 in 'direction.536870912' is out of range \(0 to 1\): a control vector",
+    ),
+    (
+        lambda writer: writer.add_tensor("blk.536870912.x.weight", np.ones(96, np.float32)),
+        "block_count 2, but the file has layers 0-536870912",
     ),
     (
         lambda writer: writer.add_tensor("foo", np.ones(16, np.float32)),

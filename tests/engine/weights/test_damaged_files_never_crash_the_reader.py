@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +16,15 @@ from hypothesis import strategies as st
 
 from engine.errors import CheckpointError, ConfigError
 from engine.weights.checkpoint import open_checkpoint
+from engine.weights.gguf import GgufFile
+from tests.tiny_families import (
+    FAMILIES,
+    GGUF_CHANGES,
+    META_FAMILIES,
+    save_tiny,
+    save_tiny_gguf,
+    save_tiny_meta,
+)
 
 # Beyond the file's own size: the tables of names and the parsed metadata.
 OVERHEAD_BYTES = 4_000_000
@@ -105,14 +118,158 @@ def test_a_damaged_safetensors_file(
     opens_or_says_why(broken, len(data))
 
 
+# What damaged or hostile files hold in place of a number, a name or a list.
+JUNK: list[Any] = [
+    *(None, True, False, -1, 0, 1, 3, 4096, 1 << 62, 10**30, 0.5, -0.0, 5e-324, 1e308),
+    *(float("nan"), float("inf"), "", "yarn", "silu", [], {}, [0], [1] * 4, [[1]], [None] * 4),
+    *(["full_attention"] * 4, ["sliding_attention"] * 4, ["chunked_attention"] * 4, {"a": 1}),
+    *({"rope_type": kind} for kind in ("linear", "dynamic", "llama3", "yarn", "longrope")),
+    {"rope_type": "yarn", "factor": 5e-324, "mscale": -10.0, "mscale_all_dim": -7.213475},
+]
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from(["set", "delete"]), st.sampled_from(JUNK)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def places(values: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Every key of nested objects, with the object that has it."""
+    found = [(values, key) for key in values]
+    for value in values.values():
+        if isinstance(value, dict):
+            found += places(value)
+    return found
+
+
+def change_json(path: Path, changes: list[tuple[float, str, Any]]) -> None:
+    values = json.loads(path.read_text())
+    for where, kind, junk in changes:
+        known = places(values)
+        if not known:
+            break
+        owner, key = known[int(where * (len(known) - 1))]
+        if kind == "delete":
+            del owner[key]
+        else:
+            owner[key] = json.loads(json.dumps(junk))
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family, written once: huggingface/, meta/, whole.gguf, parts/."""
+    found: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in found:
+            folder = tmp_path_factory.mktemp(family)
+            oracle = save_tiny(family, folder / "huggingface", **GGUF_CHANGES.get(family, {}))
+            save_tiny_gguf(oracle, folder / "whole.gguf")
+            (folder / "parts").mkdir()
+            save_tiny_gguf(oracle, folder / "parts" / "tiny.gguf", max_tensors_per_part=12)
+            if family in META_FAMILIES:
+                save_tiny_meta(oracle, folder / "meta")
+            found[family] = folder
+        return found[family]
+
+    return make
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    """A copy that may be damaged; files that stay whole are links."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".json":
+            shutil.copy(path, target)
+        else:
+            (target / path.name).hardlink_to(path)
+    return target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60)
+@given(changes=CHANGES)
+def test_a_config_with_other_values(
+    models: Callable[[str], Path],
+    family: str,
+    changes: list[tuple[float, str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    target = tmp_path_factory.getbasetemp() / "values"
+    folder = copy_of(models(family) / "huggingface", target)
+    change_json(folder / "config.json", changes)
+    opens_or_says_why(folder, (folder / "model.safetensors").stat().st_size)
+
+
+@pytest.mark.parametrize("family", META_FAMILIES)
+@settings(max_examples=60)
+@given(changes=CHANGES)
+def test_params_with_other_values(
+    models: Callable[[str], Path],
+    family: str,
+    changes: list[tuple[float, str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = copy_of(models(family) / "meta", tmp_path_factory.getbasetemp() / "params")
+    change_json(folder / "params.json", changes)
+    opens_or_says_why(folder, (folder / "consolidated.safetensors").stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
 @settings(max_examples=100)
 @given(edits=EDITS)
-def test_a_damaged_config(
-    folder: Path, edits: list[tuple[str, float, int]], tmp_path_factory: pytest.TempPathFactory
+def test_damaged_json(
+    models: Callable[[str], Path],
+    name: str,
+    edits: list[tuple[str, float, int]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    broken = tmp_path_factory.getbasetemp() / "config"
-    broken.mkdir(exist_ok=True)
-    whole = (folder / "config.json").read_bytes()
-    (broken / "config.json").write_bytes(damage(whole, edits, span=len(whole)))
-    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    opens_or_says_why(broken, (broken / "model.safetensors").stat().st_size)
+    source = "huggingface" if name == "config.json" else "meta"
+    folder = copy_of(models("llama4") / source, tmp_path_factory.getbasetemp() / "json")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(whole, edits, span=len(whole)))
+    opens_or_says_why(folder, 1 << 18)
+
+
+def header_bytes(path: Path) -> int:
+    """Where the data of a whole GGUF file begins."""
+    file = GgufFile(path)
+    start = min(tensor.offset for tensor in file.tensors.values())
+    file.close()
+    return start
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3_moe", "llama4", "gemma3"])
+@settings(max_examples=80)
+@given(edits=EDITS)
+def test_a_damaged_gguf_file_of_a_family(
+    models: Callable[[str], Path],
+    family: str,
+    edits: list[tuple[str, float, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    source = models(family) / "whole.gguf"
+    path = tmp_path_factory.getbasetemp() / "family.gguf"
+    data = damage(source.read_bytes(), edits, span=header_bytes(source))
+    path.write_bytes(data)
+    opens_or_says_why(path, len(data))
+
+
+@settings(max_examples=100)
+@given(edits=EDITS, which=st.floats(0, 1))
+def test_a_damaged_part_of_a_gguf_model(
+    models: Callable[[str], Path],
+    edits: list[tuple[str, float, int]],
+    which: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = copy_of(models("llama") / "parts", tmp_path_factory.getbasetemp() / "parts")
+    parts = sorted(folder.iterdir())
+    part = parts[int(which * (len(parts) - 1))]
+    whole = part.read_bytes()
+    data = damage(whole, edits, span=header_bytes(part))
+    part.unlink()  # a link to the whole file
+    part.write_bytes(data)
+    opens_or_says_why(parts[0], sum(path.stat().st_size for path in parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -22,13 +24,22 @@ def test_block_sizes_and_numbers_are_those_of_gguf(name: str) -> None:
     assert gguf.GGML_QUANT_SIZES[kind] == (FORMATS[name].block_size, FORMATS[name].block_bytes)
 
 
+# Less than a group, whole groups, whole groups and a remainder; narrow and wide rows.
+SHAPES = [(5, 3, 2), (1, 1), (16, 32), (3, 7, 61), (1, 1025), (4099, 1)]
+
+
+@pytest.mark.parametrize("blocks", SHAPES)
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
-def test_values_of_any_bytes_equal_those_of_gguf_bit_for_bit(name: str) -> None:
-    shape = (5, 3, 2 * FORMATS[name].block_size)
+def test_values_of_any_bytes_equal_those_of_gguf_bit_for_bit(
+    name: str, blocks: tuple[int, ...]
+) -> None:
+    shape = (*blocks[:-1], blocks[-1] * FORMATS[name].block_size)
     raw = np.random.default_rng(3).integers(0, 256, num_bytes(name, shape), np.uint8)
     ours = dequantize(name, raw, shape)
     with np.errstate(all="ignore"):
-        theirs = gguf.quants.dequantize(raw.reshape(15, -1), gguf.GGMLQuantizationType[name])
+        theirs = gguf.quants.dequantize(
+            raw.reshape(math.prod(shape[:-1]), -1), gguf.GGMLQuantizationType[name]
+        )
     assert ours.shape == shape
     assert ours.dtype == np.float32
     assert ours.tobytes() == theirs.tobytes()

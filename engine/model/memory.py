@@ -1,0 +1,122 @@
+"""How much memory a device's share takes, said before anything is loaded.
+
+In: a configuration, a plan, the shapes of the tensors. Out: bytes of weights in compute format and
+of one conversation's keys and values. Scratch memory of a
+step is not counted. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.errors import PlanError
+from engine.model.batch import INT8_GROUP, ComputeDtype
+from engine.model.config import CacheDtype, ModelConfig
+from engine.model.share_keys import WeightKey, kv_heads_of, post_norm_key, row_keys
+from engine.model.view import cache_bytes
+from engine.plan.plan import Plan
+from engine.weights.formats import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ShareMemory:
+    """Bytes that a device needs.
+
+    Attributes:
+        weights: in compute format.
+        cache: keys and values of one conversation that fills the KV window.
+    """
+
+    weights: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.cache
+
+
+def share_memory(
+    config: ModelConfig,
+    plan: Plan,
+    device_index: int,
+    tensors: Mapping[str, TensorInfo],
+    dtype: ComputeDtype,
+    kv_window: int,
+    kv_dtype: CacheDtype,
+) -> ShareMemory:
+    """What a device needs for its share of a plan."""
+    keys: set[WeightKey] = set()
+    for row in plan.rows_of(device_index):
+        keys.update(row_keys(config, plan, row, device_index).values())
+        post_norm = post_norm_key(config, row)
+        if post_norm is not None:
+            keys.add(post_norm)
+    weights = sum(_weight_bytes(key, tensors, dtype) for key in keys)
+    heads = kv_heads_of(plan, device_index)
+    return ShareMemory(weights, cache_bytes(config, heads, kv_window, kv_dtype, kv_window))
+
+
+def _weight_bytes(key: WeightKey, tensors: Mapping[str, TensorInfo], dtype: ComputeDtype) -> int:
+    rows = columns = 0
+    for part in key.slices:
+        shape = list(tensors[part.name].shape)
+        shape[part.axis] = part.end - part.start
+        rows += shape[0]
+        columns = shape[1] if len(shape) > 1 else 1
+    if key.is_plain:
+        return 4 * rows * columns
+    if dtype == "float32":
+        return 4 * rows * columns
+    if dtype == "bfloat16":
+        return 2 * rows * columns
+    block = key.column_block or columns
+    # int8 with a float16 scale per group; each block of columns is padded to whole groups.
+    return rows * (columns // block) * -(-block // INT8_GROUP) * (INT8_GROUP + 2)
+
+
+def plan_memory(
+    config: ModelConfig,
+    plan: Plan,
+    tensors: Mapping[str, TensorInfo],
+    dtype: ComputeDtype,
+    kv_window: int,
+    kv_dtype: CacheDtype,
+) -> dict[str, ShareMemory]:
+    """What every device with a share in a plan needs, by its name."""
+    return {
+        plan.devices[index]: share_memory(config, plan, index, tensors, dtype, kv_window, kv_dtype)
+        for index in plan.used_devices()
+    }
+
+
+def check_memory(
+    needs: Mapping[str, ShareMemory], pools: Mapping[str, tuple[str, int]], kv_window: int
+) -> None:
+    """Refuse a plan whose devices do not have what it needs.
+
+    Args:
+        pools: for each device the memory it draws on, by name, and its bytes; CPUs of simulated
+            nodes share one.
+        kv_window: for the message.
+    Raises: PlanError: names the device, what it needs, and what there is.
+    """
+    left = {name: size for name, size in pools.values()}
+    for device, need in needs.items():
+        pool, size = pools[device]
+        left[pool] -= need.total
+        if left[pool] < 0:
+            others = " beside the other devices of its computer" * (
+                sum(1 for other in needs if pools[other][0] == pool) > 1
+            )
+            raise PlanError(
+                f"{device} needs {_gib(need.weights)} for its weights and {_gib(need.cache)} for "
+                f"one conversation of {kv_window:,} positions; of {_gib(size)}{others} that is "
+                f"{_gib(-left[pool])} too much. Give it a smaller share, choose a narrower "
+                "--dtype, or lower --kv-window"
+            )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"

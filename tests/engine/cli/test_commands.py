@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
+from engine.weights.families import FAMILIES
 from tests.real_model import chat_ids, oracle_logits
 from tests.tiny_models import save_tiny_llama
 
@@ -174,6 +175,40 @@ def test_what_the_vocabulary_lacks_is_refused_before_weights_are_read(tmp_path: 
         assert_one_line_error(result, " 99 is not in the vocabulary of 99")
 
 
+def test_models_lists_families_and_what_their_tensors_are_called() -> None:
+    listed = shardmix("models")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()[: len(FAMILIES)]] == list(
+        FAMILIES
+    )
+    table = shardmix("models", "llama4")
+    assert table.returncode == 0
+    for name in (
+        "layers.{i}.experts.{e}.gate",
+        "model.layers.{i}.feed_forward.experts.gate_up_proj",
+        "blk.{i}.ffn_gate_exps.weight",
+    ):
+        assert name in table.stdout
+    assert_one_line_error(shardmix("models", "gpt2"), "'gpt2' is no family", "llama4")
+
+
+def test_an_answer_slides_past_a_small_window_and_says_what_memory_it_took(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    result = shardmix(
+        *("generate", "abc", "--raw", "--temperature", "0", "--model", str(tmp_path)),
+        *("--max-tokens", "90", "--min-tokens", "90", "--kv-window", "24", "--kv-dtype", "float16"),
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert len(found["token_ids"]) == 90
+    # 3 layers of 2 KV heads of 20, keys and values in two bytes, 256 positions at first.
+    device = found["devices"][0]
+    assert device["cache_bytes"] == device["cache_limit_bytes"] == 3 * 2 * 20 * 2 * 2 * 256
+    bad = shardmix("generate", "abc", "--model", str(tmp_path), "--kv-window", "0")
+    assert_one_line_error(bad, "--kv-window 0 is not between 1 and 16,777,216")
+
+
 def test_a_truncated_model_is_refused(default_model_path: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(default_model_path.read_bytes()[:1_000_000])
@@ -267,7 +302,7 @@ def test_ids_outside_the_vocabulary_are_refused(default_model_path: Path, tmp_pa
 
 def test_help_lists_only_what_works() -> None:
     text = shardmix("--help").stdout
-    for command in ("generate", "logits", "chat", "bench"):
+    for command in ("generate", "logits", "chat", "bench", "models"):
         assert command in text
-    for command in ("serve", "train", "doctor", "models"):
+    for command in ("serve", "train", "doctor", "plan"):
         assert f"\n  {command}" not in text

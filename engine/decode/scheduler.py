@@ -37,6 +37,10 @@ from engine.model.view import can_truncate
 logger = logging.getLogger(__name__)
 
 
+# Conversations computed at once; each has keys and values of its own. Others wait.
+MAX_RUNNING = 64
+
+
 @dataclass(frozen=True, slots=True)
 class _PutPlan:
     request_id: int
@@ -247,7 +251,10 @@ class Scheduler:
         self._pace.report(self._listener)
 
     def _admit(self) -> None:
-        for sequence in self._waiting:
+        """Begin with waiting requests, in their order, as long as there is room."""
+        room = max(0, MAX_RUNNING - len(self._running))
+        begun, self._waiting = self._waiting[:room], self._waiting[room:]
+        for sequence in begun:
             seat, operations = self._slots.take(
                 sequence.cache_ids(len(sequence.ids)), may_reuse=sequence.may_reuse
             )
@@ -255,8 +262,7 @@ class Scheduler:
             self._operations += operations
             if not sequence.prefill_started:
                 sequence.prefill_started = time.perf_counter()
-        self._running += self._waiting
-        self._waiting = []
+        self._running += begun
 
     def _choose_kind(self) -> StepKind:
         """Prompts and answers take turns, so that neither waits for the other to end."""
@@ -363,6 +369,7 @@ class Scheduler:
                     "for this dtype. Try --dtype float32, or another file"
                 )
                 self._listener.on_failed(sequence.request_id, error)
+                sequence.is_broken = True  # What is in its slot is no number either.
                 self._drop(sequence)
             else:
                 sequence.accept(token)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from engine.decode.scheduler import MAX_RUNNING
 from engine.decode.slots import MAX_KEPT
 from engine.errors import CacheFull, PlanError
 from engine.host import messages as api
@@ -168,3 +169,16 @@ def test_the_environment_sets_window_and_dtype(tiny: Tiny, monkeypatch: pytest.M
     options = SessionOptions(model=str(tiny.folder), kv_window=20, kv_dtype="bfloat16")
     with Session(options) as session:
         assert (session.model.kv_window, session.model.kv_dtype) == (20, "bfloat16")
+
+
+def test_more_requests_than_are_computed_at_once_wait_for_their_turn(
+    tiny: Tiny, session: Session
+) -> None:
+    tokenizer = load_tokenizer(tiny.folder)
+    prompts = [f"prompt {n}" for n in range(MAX_RUNNING + 9)]
+    found = session.generate_batch(prompts, raw=True, max_tokens=2, ignore_eos=True)
+    for prompt, finished in list(zip(prompts, found, strict=True))[:: MAX_RUNNING // 2]:
+        assert list(finished.token_ids) == tiny.greedy(tokenizer.encode(prompt), 2)
+    for device in found[-1].devices:
+        num_slots = device.cache_bytes / session.memory[device.device].cache_bytes
+        assert num_slots <= MAX_RUNNING + MAX_KEPT

@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import platform
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -49,11 +46,12 @@ from engine.cli_options import (
     parse_biases,
 )
 from engine.cli_output import ProgressDisplay, plan_dict, printer, report
+from engine.cli_running import become, fail, has_display, run_session
 from engine.decode.request_rules import check_ids, check_request, check_sampling
 from engine.errors import ConfigError, EngineError, PromptError
 from engine.host import messages as api
 from engine.session import GenerateOptions, Prompt, Session, SessionOptions, parse_ids
-from engine.vision.files import read_image_file
+from engine.vision.files import read_image_files
 
 app = typer.Typer(
     add_completion=False,
@@ -61,39 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run language models on the computers you already own. Without a command: the window.",
 )
-
-
-def _fail(error: EngineError) -> NoReturn:
-    """One line on standard error, exit code 1."""
-    line = " ".join(str(error).split())
-    print(f"shardmix: {line}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-def _run(
-    options: SessionOptions,
-    work: Callable[[Session, ProgressDisplay], None],
-    check_model: Callable[[api.ModelOpened], None] | None = None,
-) -> None:
-    """Open a session, do the work, and turn errors into exit codes."""
-    display = ProgressDisplay()
-    try:
-        with Session(options, display.show, check_model) as session:
-            for name in session.unused_nodes:
-                print(
-                    f"note: node {name} computes nothing: no plan names {name}/cpu (see --plan)",
-                    file=sys.stderr,
-                )
-            work(session, display)
-    except EngineError as error:
-        display.stop()
-        _fail(error)
-    except BrokenPipeError:
-        # The reader of our output is gone; so is its interest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    finally:
-        display.stop()
 
 
 @app.callback(invoke_without_command=True)
@@ -119,7 +84,7 @@ def window(
             )
         return
     if importlib.util.find_spec("PySide6") is None:
-        _fail(
+        fail(
             ConfigError(
                 "the window needs PySide6, which is not installed here; install it with "
                 "`pip install 'shardmix[app]'`, or use `shardmix chat`"
@@ -128,34 +93,14 @@ def window(
     arguments = ["--dtype", dtype.value]
     if model is not None:
         arguments += ["--model", model]
-    if not _has_display():
+    if not has_display():
         print(
             "no display found (DISPLAY and WAYLAND_DISPLAY are empty): chat starts in the terminal",
             file=sys.stderr,
         )
         # The window calls them demo workers, the commands workers.
-        _become("engine.cli", ["chat", *arguments, "--workers", str(demo_workers)])
-    _become("app", [*arguments, "--demo-workers", str(demo_workers)])
-
-
-def _has_display() -> bool:
-    """Whether a window can be shown."""
-    names = ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
-    return sys.platform != "linux" or any(os.environ.get(name) for name in names)
-
-
-def _become(module: str, arguments: list[str]) -> NoReturn:
-    """Run another program in this one's place, so that what ends this one ends it."""
-    command = [sys.executable, "-P", "-m", module, *arguments]
-    if os.name != "nt":
-        os.execv(command[0], command)
-    process = subprocess.Popen(command)
-    try:
-        raise typer.Exit(process.wait())
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise typer.Exit(130) from None
+        become("engine.cli", ["chat", *arguments, "--workers", str(demo_workers)])
+    become("app", [*arguments, "--demo-workers", str(demo_workers)])
 
 
 @app.command()
@@ -216,10 +161,9 @@ def generate(
         )
         call = api.Generate(request_id=0, sampling=sampling, **answer)
         check_request(call)
-        for number, path in enumerate(images, start=1):
-            read_image_file(path, number)
+        read_image_files(images)
     except EngineError as error:
-        _fail(error)
+        fail(error)
 
     def check(opened: api.ModelOpened) -> None:
         check_request(call, opened.config.vocab_size)
@@ -238,7 +182,9 @@ def generate(
         display.stop()
         print(json.dumps(report(finished, session.memory)) if as_json else "")
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check)
+    run_session(
+        _options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check
+    )
 
 
 @app.command()
@@ -264,7 +210,7 @@ def logits(
         if not out.parent.is_dir():
             raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     except EngineError as error:
-        _fail(error)
+        fail(error)
 
     def check(opened: api.ModelOpened) -> None:
         check_ids(numbers, opened.config.vocab_size)
@@ -279,7 +225,9 @@ def logits(
             raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from error
         print(f"{out}: float32 {list(rows.shape)}", file=sys.stderr)
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check)
+    run_session(
+        _options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check
+    )
 
 
 @app.command()
@@ -301,7 +249,7 @@ def chat(
     try:
         check_sampling(sampling)
     except EngineError as error:
-        _fail(error)
+        fail(error)
 
     def work(session: Session, display: ProgressDisplay) -> None:
         display.stop()
@@ -339,7 +287,7 @@ def chat(
                 file=sys.stderr,
             )
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
+    run_session(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
 
 
 @app.command()
@@ -383,7 +331,7 @@ def bench(
             f"decode {finished.decode_tps:.1f} tok/s"
         )
 
-    _run(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
+    run_session(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
 
 
 @app.command()
@@ -407,7 +355,7 @@ def models(
     elif family in FAMILIES:
         print(printable_table(family))
     else:
-        _fail(ConfigError(f"{family!r} is no family; choose one of {', '.join(FAMILIES)}"))
+        fail(ConfigError(f"{family!r} is no family; choose one of {', '.join(FAMILIES)}"))
 
 
 def _options(

@@ -22,7 +22,7 @@ from engine.client import EngineClient, Event
 from engine.cluster.join_token import decode_token
 from engine.cluster.messages import Message
 from engine.decode.request_rules import check_request
-from engine.errors import ConfigError, EngineError, error_by_name
+from engine.errors import CacheFull, ConfigError, EngineError, error_by_name
 from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.plan_file import read_plan_file
@@ -220,6 +220,11 @@ class Session:
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """Raw logits of every position, float32 [len(ids), vocab_size]."""
+        if len(ids) > self.model.kv_window:
+            raise CacheFull(
+                f"{len(ids):,} ids need as many positions, the KV window has "
+                f"{self.model.kv_window:,}. Give fewer, or raise --kv-window"
+            )
         rows: NDArray[np.float32] = np.empty(
             (len(ids), self.model.config.vocab_size), dtype=np.float32
         )

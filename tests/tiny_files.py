@@ -90,7 +90,9 @@ def split_experts(name: str, stack: np.ndarray, is_turned: bool) -> Arrays:
     return {"gate": np.ascontiguousarray(gate), "up": np.ascontiguousarray(up)}
 
 
-def gguf_arrays(oracle: PreTrainedModel, *, has_separate_experts: bool = False) -> Arrays:
+def gguf_arrays(
+    oracle: PreTrainedModel, *, has_separate_experts: bool = False, has_fused_experts: bool = False
+) -> Arrays:
     """The text decoder's weights under GGUF names, reordered as the converter does."""
     config = text_config(oracle)
     architecture = ARCHITECTURES[config.model_type]
@@ -105,7 +107,10 @@ def gguf_arrays(oracle: PreTrainedModel, *, has_separate_experts: bool = False) 
             continue
         block, rest = f"blk.{layer[1]}.", layer[2]
         if "experts." in rest:
-            for part, stack in split_experts(rest.split(".")[-1], values, is_llama4).items():
+            parts = split_experts(rest.split(".")[-1], values, is_llama4)
+            if has_fused_experts and "gate" in parts:
+                parts = {"gate_up": np.concatenate((parts["gate"], parts["up"]), axis=1)}
+            for part, stack in parts.items():
                 if has_separate_experts:
                     for number, matrix in enumerate(stack):
                         found[f"{block}ffn_{part}.{number}.weight"] = matrix
@@ -206,6 +211,7 @@ def save_tiny_gguf(
     path: Path,
     *,
     has_separate_experts: bool = False,
+    has_fused_experts: bool = False,
     max_tensors_per_part: int = 0,
     change: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
@@ -215,6 +221,7 @@ def save_tiny_gguf(
         oracle: with the settings of `tiny_families.GGUF_CHANGES`, where the family has any.
         path: of the file.
         has_separate_experts: one tensor per expert, as older files have.
+        has_fused_experts: gate and up of all experts in one tensor, as newer files may have.
         max_tensors_per_part: 0 for one file.
         change: writes more keys; a `layer_types` of one kind only is left out for it.
     Returns: the file, or the first of its parts.
@@ -226,7 +233,10 @@ def save_tiny_gguf(
     _write_settings(writer, config)
     if change is not None:
         change(writer)
-    for name, values in gguf_arrays(oracle, has_separate_experts=has_separate_experts).items():
+    arrays = gguf_arrays(
+        oracle, has_separate_experts=has_separate_experts, has_fused_experts=has_fused_experts
+    )
+    for name, values in arrays.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

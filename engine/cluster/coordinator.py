@@ -22,7 +22,14 @@ import zmq.utils.monitor
 from engine.cluster import messages as m
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
-from engine.errors import Cancelled, EngineError, ProtocolError, WorkerLost, error_by_name
+from engine.errors import (
+    Cancelled,
+    EngineError,
+    PromptError,
+    ProtocolError,
+    WorkerLost,
+    error_by_name,
+)
 from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan
 
@@ -57,6 +64,14 @@ class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for i
     """A step was given up because nobody wants its answer."""
 
 
+class StepFailed(Exception):  # noqa: N818 - carries the error that its requests end with
+    """A step could not be computed; the plan goes on without it."""
+
+    def __init__(self, error: EngineError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class LoadRequest(NamedTuple):
     """What a plan needs to be put in force."""
 
@@ -66,6 +81,7 @@ class LoadRequest(NamedTuple):
     dtype: m.ComputeDtype
     kv_window: int
     kv_dtype: CacheDtype
+    kept_positions: int
     threads: Mapping[str, int]
     checkpoint_id: str
     tensors: tuple[m.TensorInfo, ...]
@@ -236,6 +252,7 @@ class Coordinator:
         Raises:
             WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
             StepAborted: `should_abort` said so; the next step may follow at once.
+            StepFailed: it cannot be sent, or a device could not compute it; so may it here.
         """
         assert self._request is not None
         plan = self._request.plan
@@ -243,7 +260,10 @@ class Coordinator:
         used = plan.used_devices()
         for index in used:
             tensors = [embeddings] if embeddings is not None and index in first_group else []
-            self._send(plan.devices[index], step, tensors)
+            try:
+                self._send(plan.devices[index], step, tensors)
+            except PromptError as error:  # Too large for a message; nothing was sent.
+                raise StepFailed(error) from error
         return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
@@ -371,6 +391,12 @@ class Coordinator:
                         and message.step_id in (0, step_id)
                     ):
                         error = error_by_name(message.error, f"{device}: {message.message}")
+                        if message.step_id == step_id and not isinstance(
+                            error, ProtocolError | WorkerLost
+                        ):
+                            # The others wait for its part: they give the step up, too.
+                            self._abort_step(devices, step_id)
+                            raise StepFailed(error)
                         raise error
                     if isinstance(message, m.StepAnswer) and (message.epoch, message.step_id) == (
                         epoch,

@@ -21,6 +21,7 @@ from engine.kernels.torch_kernels import Batch
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import CacheDtype
 from engine.model.shard import ModelShard
+from engine.model.view import LONGEST_STEP
 from engine.model.weight_store import WeightStore, fetch_weights
 from engine.plan.plan import Plan, PlanShape
 from engine.weights.checkpoint import Checkpoint
@@ -86,7 +87,9 @@ class Lockstep:
 
         Raises: as `step`.
         """
-        return self.step([(slot, first_position, ids)], kind)[0]
+        starts = range(0, len(ids), LONGEST_STEP)
+        pieces = [(slot, first_position + n, ids[n : n + LONGEST_STEP]) for n in starts]
+        return np.concatenate([self.step([piece], kind)[0] for piece in pieces])
 
     def step(
         self, pieces: Sequence[tuple[int, int, list[int]]], kind: StepKind = "prompt"
@@ -154,12 +157,16 @@ class Lockstep:
         elif first_position == 0:
             for shard in self.shards.values():
                 shard.cache.free(slot)
+        outputs: list[Tensor] = []
         with torch.inference_mode():
-            batches = self._batches(kind, (slot, first_position, x_TM.shape[0]))
-            self._layer_lengths[layer] = first_position + x_TM.shape[0]
-            x = self._row(shape.attention_row(layer), x_TM.cpu(), batches)
-            x = self._row(shape.mlp_row(layer), x, batches)
-        return x.clone()  # Outside inference mode: an ordinary tensor.
+            for start in range(0, x_TM.shape[0], LONGEST_STEP):
+                piece = x_TM[start : start + LONGEST_STEP].cpu()
+                batches = self._batches(kind, (slot, first_position, piece.shape[0]))
+                first_position += piece.shape[0]
+                self._layer_lengths[layer] = first_position
+                x = self._row(shape.attention_row(layer), piece, batches)
+                outputs.append(self._row(shape.mlp_row(layer), x, batches))
+        return torch.cat(outputs).clone()  # Outside inference mode: an ordinary tensor.
 
     def clear(self) -> None:
         """Forget all tokens of all slots and layers."""

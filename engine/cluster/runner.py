@@ -109,8 +109,13 @@ class Runner:
                 logger.info("step given up")
             except EngineError as error:
                 self._fail(error, message)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError) as error:
                 self._fail(EngineError(f"out of memory on {self.device}: {error}"), message)
+            except RuntimeError as error:
+                # What torch's CPU allocator raises has no class of its own.
+                if "DefaultCPUAllocator" not in str(error):
+                    raise
+                self._fail(EngineError(f"out of memory on {self.device}"), message)
 
     def close(self) -> None:
         """Release sockets."""

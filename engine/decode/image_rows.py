@@ -1,33 +1,36 @@
 """Image features in the places of a prompt's image tokens.
 
-In: positions and features. Out: input embeddings with the features put in, and what tells one
-image from another among cached tokens.
+In: positions, and the images with their features. Out: input embeddings with the features put in,
+and what tells one image from another among cached tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.vision.kept_features import EncodedImage
+
 
 class ImageRows:
     """The features of one prompt."""
 
-    def __init__(self, positions: Sequence[int], features: NDArray[np.float32]) -> None:
+    def __init__(self, positions: Sequence[int], images: Sequence[EncodedImage]) -> None:
         """Keep them.
 
         Args:
-            positions: of the image tokens, ascending.
-            features: float32 [len(positions), width].
+            positions: of the image tokens of all images, ascending.
+            images: in the order of their places; as many features as positions.
         """
         self._positions = np.asarray(positions, dtype=np.int64)
-        self._features = features
-        digest = hashlib.blake2b(features.tobytes(), digest_size=7).digest()
-        # Below every id, and different for other features.
-        self._mark = -1 - int.from_bytes(digest, "little")
+        self._features = np.concatenate([image.features for image in images])
+        # Below every id. Each image has its own: one that a later turn adds changes none before.
+        self._marks = [
+            -1 - int.from_bytes(image.digest, "little") for image in images for _ in image.features
+        ]
+        assert len(self._positions) == len(self._features), "a feature for each image token"
 
     def put(self, rows: NDArray[np.float32], first_position: int) -> None:
         """Replace the embeddings of image tokens, in place.
@@ -41,9 +44,10 @@ class ImageRows:
         rows[self._positions[start:end] - first_position] = self._features[start:end]
 
     def identify(self, ids: list[int]) -> list[int]:
-        """The first ids of the prompt, with a mark of these images in place of image tokens."""
+        """The first ids of the prompt, with a mark of its image in place of each image token."""
         marked = list(ids)
-        for position in self._positions.tolist():
-            if position < len(marked):
-                marked[position] = self._mark
+        for position, mark in zip(self._positions.tolist(), self._marks, strict=True):
+            if position >= len(marked):
+                break
+            marked[position] = mark
         return marked

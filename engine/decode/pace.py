@@ -39,11 +39,16 @@ class Pace:
         """Another plan, another speed."""
         self._tokens_per_second = {}
 
-    def piece(self, kind: StepKind, *, is_alone: bool, has_logits: bool) -> int:
-        """Tokens of one sequence in the next step."""
+    def piece(self, kind: StepKind, num_together: int, *, is_alone: bool, has_logits: bool) -> int:
+        """Tokens of one sequence in the next step.
+
+        Args:
+            num_together: sequences in that step, at least 1.
+            is_alone: whether nobody else waits for it to end.
+        """
         rate = self._tokens_per_second.get(kind)
         seconds = LONE_PIECE_SECONDS if is_alone else SHARED_PIECE_SECONDS
-        size = FIRST_PIECE if rate is None else int(rate * seconds)
+        size = FIRST_PIECE if rate is None else int(rate * seconds / num_together)
         return min(max(size, MIN_PIECE), MAX_LOGITS_PIECE if has_logits else LONGEST_STEP)
 
     def measure(

@@ -22,6 +22,7 @@ from engine.cluster.coordinator import (
     LoadRequest,
     RunnerAddress,
     StepAborted,
+    StepFailed,
 )
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
@@ -204,7 +205,8 @@ class Scheduler:
         self._pace.forget()
         config, window = command.load.config, command.load.kv_window
         self._slots = Slots(
-            window, lambda written, length: can_truncate(config, window, written, length)
+            command.load.kept_positions,
+            lambda written, length: can_truncate(config, window, written, length),
         )
         listener.on_plan(command.request_id, command.load.epoch, command.load.plan)
 
@@ -240,11 +242,11 @@ class Scheduler:
         kind = self._choose_kind()
         if kind == "prompt":
             prompt = next(s for s in self._running if s.next_kind == "prompt")
-            limit = self._piece(kind, has_logits=prompt.logits_only)
+            limit = self._piece(kind, 1, has_logits=prompt.logits_only)
             batch = [(prompt, prompt.next_count(limit))]
         else:
-            limit = self._piece(kind, has_logits=False)
             running = [s for s in self._running if s.next_kind == "generated"]
+            limit = self._piece(kind, max(1, len(running)), has_logits=False)
             batch = [(s, s.next_count(limit)) for s in running]
         if batch or self._operations:
             self._step(kind, batch)
@@ -254,7 +256,14 @@ class Scheduler:
         """Begin with waiting requests, in their order, as long as there is room."""
         room = max(0, MAX_RUNNING - len(self._running))
         begun, self._waiting = self._waiting[:room], self._waiting[room:]
+        assert self._load is not None
         for sequence in begun:
+            if sequence.checkpoint_id != self._load.checkpoint_id:
+                # It was prepared while another model took this one's place.
+                error = PlanError("another model was opened; ask again")
+                self._listener.on_failed(sequence.request_id, error)
+                continue
+            self._running.append(sequence)
             seat, operations = self._slots.take(
                 sequence.cache_ids(len(sequence.ids)), may_reuse=sequence.may_reuse
             )
@@ -262,7 +271,6 @@ class Scheduler:
             self._operations += operations
             if not sequence.prefill_started:
                 sequence.prefill_started = time.perf_counter()
-        self._running += begun
 
     def _choose_kind(self) -> StepKind:
         """Prompts and answers take turns, so that neither waits for the other to end."""
@@ -273,8 +281,9 @@ class Scheduler:
             return "prompt"
         return "prompt" if self._last_kind == "generated" else "generated"
 
-    def _piece(self, kind: StepKind, *, has_logits: bool) -> int:
-        return self._pace.piece(kind, is_alone=len(self._running) == 1, has_logits=has_logits)
+    def _piece(self, kind: StepKind, num_together: int, *, has_logits: bool) -> int:
+        is_alone = len(self._running) == 1
+        return self._pace.piece(kind, num_together, is_alone=is_alone, has_logits=has_logits)
 
     def _step(self, kind: StepKind, batch: list[tuple[Sequence, int]]) -> None:
         load, embeddings = self._load, self._embeddings
@@ -319,6 +328,10 @@ class Scheduler:
         except StepAborted:
             for sequence, _ in batch:
                 sequence.is_broken = True
+            return
+        except StepFailed as failed:
+            for sequence, _ in batch:
+                self._fail(sequence, failed.error)
             return
         for sequence, count in batch:
             sequence.advance(count)
@@ -368,11 +381,15 @@ class Scheduler:
                     "the logits are not numbers: the weights are damaged, or the numbers too large "
                     "for this dtype. Try --dtype float32, or another file"
                 )
-                self._listener.on_failed(sequence.request_id, error)
-                sequence.is_broken = True  # What is in its slot is no number either.
-                self._drop(sequence)
+                self._fail(sequence, error)
             else:
                 sequence.accept(token)
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> None:
+        """End one request with an error; what it left in its slot is not to be used."""
+        sequence.is_broken = True
+        self._drop(sequence)
+        self._listener.on_failed(sequence.request_id, error)
 
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None

@@ -55,6 +55,7 @@ class Sequence:
     """A prompt and its growing answer.
 
     Attributes:
+        checkpoint_id: of the model that it was prepared for.
         ids: prompt ids, then generated ones.
         num_computed: positions that are in the KV cache of the plan in force.
         eos_ids, stop_ids: each ends the answer; not chosen before it has `min_tokens`.
@@ -68,6 +69,7 @@ class Sequence:
     """
 
     request_id: int
+    checkpoint_id: str
     ids: list[int]
     num_prompt: int
     max_tokens: int

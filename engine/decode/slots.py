@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from engine.cluster.messages import SlotOperation
 
-# Conversations kept beside the running ones; together they hold at most one KV window.
+# Conversations kept beside the running ones.
 MAX_KEPT = 4
 # A shorter common beginning, such as a template's first words, is not worth giving a slot up for.
 MIN_REUSED = 8
@@ -44,13 +44,15 @@ class Seat:
 class Slots:
     """See the module; belongs to the scheduler's thread."""
 
-    def __init__(self, kv_window: int, can_truncate: Callable[[int, int], bool]) -> None:
+    def __init__(self, max_kept_positions: int, can_truncate: Callable[[int, int], bool]) -> None:
         """All slots are free.
 
         Args:
+            max_kept_positions: that slots without a sequence may hold together: the KV window,
+                past which no slot grows, or 0 to keep none.
             can_truncate: whether a slot that held so many tokens may be cut back to so many.
         """
-        self._kv_window = kv_window
+        self._max_kept_positions = max_kept_positions
         self._can_truncate = can_truncate
         self._taken: set[int] = set()
         # In the order of last use.
@@ -84,10 +86,12 @@ class Slots:
         Args:
             ids: the tokens whose keys and values are in the slot.
         """
+        if not self._max_kept_positions:
+            return self.free(slot)
         self._taken.discard(slot)
         self._kept[slot] = _Kept(ids, num_written)
         operations: list[SlotOperation] = []
-        while len(self._kept) > MAX_KEPT or self._num_kept_positions() > self._kv_window:
+        while len(self._kept) > MAX_KEPT or self._num_kept_positions() > self._max_kept_positions:
             oldest = next(iter(self._kept))
             del self._kept[oldest]
             operations.append(SlotOperation(action="free", slot=oldest))
@@ -102,7 +106,7 @@ class Slots:
         return slot not in self._taken and slot not in self._kept
 
     def _num_kept_positions(self) -> int:
-        return sum(min(len(kept.ids), self._kv_window) for kept in self._kept.values())
+        return sum(min(len(k.ids), self._max_kept_positions) for k in self._kept.values())
 
     def _best(self, ids: Sequence[int]) -> tuple[int, int] | None:
         """The kept slot with the longest common beginning, and its length."""

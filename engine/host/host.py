@@ -2,7 +2,8 @@
 
 In: calls (`engine.host.messages`). Out: events. It never computes layers. Its main thread owns the
 sockets to clients and workers; the scheduler's thread owns those to the runners; opening models
-and preparing prompts happens in a third. Functions cross into the main thread by `_call_soon`.
+and preparing prompts happens in a third, reading images in a fourth. Functions cross into the main
+thread by `_call_soon`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,9 @@ from engine.decode.sequence import DeviceTotals, Sequence
 from engine.errors import Cancelled, EngineError, PlanError, PromptError, WorkerLost
 from engine.host import messages as api
 from engine.host.nodes import THIS_NODE, Nodes
-from engine.host.opened_model import OpenedModel
+from engine.host.opened_model import OpenedModel, image_paths
 from engine.host.plan_application import PlanApplication
+from engine.host.preparation import Preparation
 from engine.plan.plan import Plan
 from engine.weights.models import resolve_model
 
@@ -76,7 +77,9 @@ class EngineHost:
         self._plan: Plan | None = None
         self._busy_until = 0.0
         self._nodes_at = 0.0
-        self._text_pool = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._preparation = Preparation(
+            lambda request_id, error: self._call_soon(lambda: self._fail(request_id, error))
+        )
         self.scheduler = Scheduler(lambda: Coordinator(self._context), self)
         self._nodes = Nodes(
             self._context, self.keys, self._call_soon, self._on_nodes, self._on_runner_lost
@@ -110,7 +113,7 @@ class EngineHost:
         """End everything this host started."""
         self.scheduler.close()
         self._nodes.close()
-        self._text_pool.shutdown(wait=False, cancel_futures=True)
+        self._preparation.close()
         if self._model is not None:
             self._model.close()
         self._client.close()
@@ -152,7 +155,7 @@ class EngineHost:
 
     def _serve(self, call: Any) -> None:
         if isinstance(call, api.OpenModel):
-            self._text_pool.submit(self._guard, call.request_id, self._open_model, call)
+            self._prepare(call, lambda: self._open_model(call))
         elif isinstance(call, api.AddSimulatedNodes):
             self._nodes.start_simulated(call.count)
             self._end(call.request_id, api.Done(request_id=call.request_id))
@@ -169,12 +172,23 @@ class EngineHost:
             # While weights are on their way, the scheduler puts requests behind the plan.
             if self._plan is None and not self._application.loading_devices:
                 raise PlanError("no plan is in force; apply one first")
-            self._text_pool.submit(self._guard, call.request_id, self._submit, call)
+            self._prepare(call, lambda: self._submit(call))
+
+    def _prepare(self, call: Any, work: Callable[[], None]) -> None:
+        self._preparation.begin(call.request_id, "text", type(call).__name__, work)
+
+    def _prepare_images(self, call: api.Generate, work: Callable[[], None]) -> None:
+        if call.request_id in self._calls.cancelled:
+            self._fail(call.request_id, _cancelled_early())
+        else:
+            self._preparation.begin(call.request_id, "images", type(call).__name__, work)
 
     def _cancel(self, request_id: int) -> None:
         if request_id in self._calls.routes:
             self._calls.cancelled.add(request_id)
             self.scheduler.cancel(request_id)
+            if self._preparation.cancel(request_id):
+                self._fail(request_id, _cancelled_early())
             if self._application.cancel(request_id):
                 self._fail(request_id, Cancelled("applying the plan was cancelled"))
 
@@ -187,6 +201,7 @@ class EngineHost:
         self._send(request_id, event)
         self._calls.routes.pop(request_id, None)
         self._calls.cancelled.discard(request_id)
+        self._preparation.forget(request_id)
 
     def _fail(self, request_id: int, error: EngineError) -> None:
         event = api.CallFailed(
@@ -214,19 +229,7 @@ class EngineHost:
                 )
                 self._client.send(failed, [], route)
 
-    # ---- text thread -------------------------------------------------------------------------
-
-    def _guard(self, request_id: int, work: Callable[[Any], None], call: Any) -> None:
-        """Run work of the text thread; whatever it raises ends the call, not the thread."""
-        try:
-            work(call)
-        except EngineError as error:
-            failure = error
-            self._call_soon(lambda: self._fail(request_id, failure))
-        except Exception as error:
-            logger.exception("while serving %s", type(call).__name__)
-            failure = EngineError(f"{type(call).__name__} failed: {type(error).__name__}: {error}")
-            self._call_soon(lambda: self._fail(request_id, failure))
+    # ---- threads of text and images ----------------------------------------------------------
 
     def _open_model(self, call: api.OpenModel) -> None:
         request_id = call.request_id
@@ -269,15 +272,27 @@ class EngineHost:
             )
             self._call_soon(lambda: self._send(request_id, event))
 
-        if isinstance(call, api.Generate):
-            sequence = model.generation(
-                call, on_text, on_prefill, lambda: request_id in self._calls.cancelled
+        def generate(ids: list[int]) -> None:
+            self._schedule(
+                model.generation(
+                    call, ids, on_text, on_prefill, lambda: request_id in self._calls.cancelled
+                )
             )
+
+        if isinstance(call, api.Generate):
+            ids = model.prompt_ids(call)
+            if image_paths(call):
+                self._call_soon(lambda: self._prepare_images(call, lambda: generate(ids)))
+            else:
+                generate(ids)
         elif isinstance(call, api.Benchmark):
-            sequence = model.benchmark(call, on_text, on_prefill)
+            self._schedule(model.benchmark(call, on_text, on_prefill))
         else:
             assert isinstance(call, api.ComputeLogits)
-            sequence = model.logits(call, on_prefill)
+            self._schedule(model.logits(call, on_prefill))
+
+    def _schedule(self, sequence: Sequence) -> None:
+        request_id = sequence.request_id
         self.scheduler.submit(sequence)
         if request_id in self._calls.cancelled:
             self._call_soon(lambda: self.scheduler.cancel(request_id))
@@ -414,6 +429,10 @@ class EngineHost:
             self._broadcast(event)
 
         self._call_soon(tell)
+
+
+def _cancelled_early() -> Cancelled:
+    return Cancelled("the request was cancelled before it began")
 
 
 def _usage(totals: dict[str, DeviceTotals]) -> tuple[api.DeviceUsage, ...]:

@@ -26,16 +26,19 @@ from engine.text.chat_template import ChatTemplate, Message, encode_chat
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.vision.encoder import ImageEncoder
-from engine.vision.files import read_image_file
-from engine.vision.layout import expand_images, feature_positions, find_image_tokens
+from engine.vision.files import read_image_files
+from engine.vision.layout import TileGrid, expand_images, feature_positions, find_image_tokens
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.formats import TensorInfo
 
 BENCHMARK_SEED = 20
 
 
 class OpenedModel:
-    """One open model; used by one thread at a time, except `checkpoint`."""
+    """One open model; used by one thread at a time, except `checkpoint`.
+
+    A second thread may be in `generation` with images, which takes as long as their encoding;
+    `close` ends that.
+    """
 
     def __init__(
         self,
@@ -52,12 +55,7 @@ class OpenedModel:
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.config = self.checkpoint.config
         try:
-            self.tokenizer: Tokenizer = load_tokenizer(path)
-            if self.tokenizer.vocab_size > self.config.vocab_size:
-                raise ConfigError(
-                    f"{path}: the tokenizer has {self.tokenizer.vocab_size:,} tokens, the model "
-                    f"embeddings for {self.config.vocab_size:,}; files of two models are mixed"
-                )
+            self.tokenizer: Tokenizer = load_tokenizer(path, self.config.vocab_size)
             self.template = ChatTemplate.for_tokenizer(self.tokenizer)
         except Exception:
             self.checkpoint.close()
@@ -71,9 +69,8 @@ class OpenedModel:
             self.close()
             raise
         self.tensors = tuple(self.checkpoint.tensors.values())
-        self.identity = _identity(path, self.tensors)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        self.file_bytes = sum(f.stat().st_size for f in files)
+        self.identity = _identity(self.checkpoint)
+        self.file_bytes = sum(f.stat().st_size for f in self.checkpoint.files)
 
     def _choose_dtype(self, choice: api.DtypeChoice) -> ComputeDtype:
         if choice != "auto":
@@ -100,18 +97,10 @@ class OpenedModel:
 
     # ---- requests ----------------------------------------------------------------------------
 
-    def generation(
-        self,
-        call: api.Generate,
-        on_text: Callable[[int, str], None],
-        on_prefill: Callable[[int, int], None],
-        is_cancelled: Callable[[], bool],
-    ) -> Sequence:
-        """A sequence that answers a chat or continues a raw prompt.
+    def prompt_ids(self, call: api.Generate) -> list[int]:
+        """The tokens of a chat or a raw prompt, with one token for each image.
 
-        Raises:
-            PromptError, CacheFull: the request breaks a rule, or does not fit the window.
-            Cancelled: `is_cancelled` said so while images were encoded.
+        Raises: PromptError: the request breaks a rule.
         """
         check_request(call, self.config.vocab_size)
         if call.raw_prompt is not None:
@@ -125,7 +114,25 @@ class OpenedModel:
             ids = encode_chat(self.tokenizer, self.template, turns)
         if not ids:
             raise PromptError("the prompt is empty; write at least one character")
-        paths = [path for turn in call.turns for path in turn.images]
+        return ids
+
+    def generation(
+        self,
+        call: api.Generate,
+        ids: list[int],
+        on_text: Callable[[int, str], None],
+        on_prefill: Callable[[int, int], None],
+        is_cancelled: Callable[[], bool],
+    ) -> Sequence:
+        """A sequence that answers a chat or continues a raw prompt.
+
+        Args:
+            ids: `prompt_ids` of the call.
+        Raises:
+            PromptError, CacheFull: an image cannot be used, or the prompt does not fit the window.
+            Cancelled: `is_cancelled` said so while images were encoded.
+        """
+        paths = image_paths(call)
         images: ImageRows | None = None
         if paths:
             ids, images = self._with_images(ids, paths, is_cancelled)
@@ -144,11 +151,18 @@ class OpenedModel:
                 "them out, or open a model with an image encoder, such as Llama 4"
             )
         tokens = find_image_tokens(self.tokenizer.control_id, vision)
-        files = [read_image_file(path, n) for n, path in enumerate(paths, start=1)]
-        encoded = self._image_encoder.encode(files, is_cancelled)
-        ids = expand_images(ids, encoded.grids, tokens, vision.tokens_per_tile)
-        positions = feature_positions(ids, len(encoded.features), vision.image_token_id)
-        return ids, ImageRows(positions, encoded.features)
+        expanded = ids
+
+        def expand(grids: tuple[TileGrid, ...]) -> None:
+            nonlocal expanded
+            expanded = expand_images(ids, grids, tokens, vision.tokens_per_tile)
+            self._check_length(len(expanded))
+
+        # The length is known before minutes of encoding.
+        images = self._image_encoder.encode(read_image_files(paths), is_cancelled, expand)
+        num_features = sum(len(image.features) for image in images)
+        positions = feature_positions(expanded, num_features, vision.image_token_id)
+        return expanded, ImageRows(positions, images)
 
     def benchmark(
         self,
@@ -159,6 +173,7 @@ class OpenedModel:
         """A sequence of random prompt tokens and a fixed number of generated ones."""
         if call.prompt_tokens < 1 or call.generated_tokens < 1:
             raise PromptError("a benchmark needs at least one prompt and one generated token")
+        self._check_length(call.prompt_tokens)
         random = np.random.default_rng(BENCHMARK_SEED)
         ids = random.integers(0, self.tokenizer.vocab_size, call.prompt_tokens).tolist()
         sequence = self._sequence(
@@ -178,6 +193,13 @@ class OpenedModel:
         sequence.logits_only, sequence.may_reuse = True, False
         return sequence
 
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.kv_window:
+            raise CacheFull(
+                f"the prompt needs {num_tokens:,} positions, the KV window has "
+                f"{self.kv_window:,}. Shorten it, or raise --kv-window"
+            )
+
     def _sequence(
         self,
         call: api.Generate,
@@ -185,11 +207,7 @@ class OpenedModel:
         on_text: Callable[[int, str], None],
         on_prefill: Callable[[int, int], None],
     ) -> Sequence:
-        if len(ids) > self.kv_window:
-            raise CacheFull(
-                f"the prompt needs {len(ids):,} positions, the KV window has "
-                f"{self.kv_window:,}. Shorten it, or raise --kv-window"
-            )
+        self._check_length(len(ids))
         # Without a limit an answer ends where the window is full; with one it may slide past
         # that. The last token needs no place.
         max_tokens = call.max_tokens or max(self.kv_window - len(ids) + 1, call.min_tokens)
@@ -207,6 +225,7 @@ class OpenedModel:
             )
         return Sequence(
             request_id=call.request_id,
+            checkpoint_id=self.identity,
             ids=ids,
             num_prompt=len(ids),
             max_tokens=max_tokens,
@@ -225,6 +244,11 @@ class OpenedModel:
         )
 
 
+def image_paths(call: api.Generate) -> list[str]:
+    """The image files of a chat, in the order of their places."""
+    return [path for turn in call.turns for path in turn.images]
+
+
 def _greedy(request_id: int, max_tokens: int) -> api.Generate:
     """A call for exactly so many of the likeliest tokens."""
     return api.Generate(
@@ -235,8 +259,8 @@ def _greedy(request_id: int, max_tokens: int) -> api.Generate:
     )
 
 
-def _identity(path: Path, tensors: tuple[TensorInfo, ...]) -> str:
+def _identity(checkpoint: Checkpoint) -> str:
     """A name for these weights, so that a runner knows what it may keep for a new plan."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
+    tensors = tuple(checkpoint.tensors.values())
     return hashlib.sha256(repr((stamp, tensors)).encode()).hexdigest()

@@ -21,7 +21,7 @@ from engine.errors import EngineError, PlanError
 from engine.host import messages as api
 from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
-from engine.model.memory import check_memory, plan_memory
+from engine.model.memory import check_memory, has_room_for_more, plan_memory
 from engine.plan.plan import Plan, PlanShape
 
 
@@ -63,11 +63,6 @@ class PlanApplication:
         self._job: _Job | None = None
         self._epoch = 0
         self.memory: tuple[api.DeviceMemory, ...] = ()
-
-    @property
-    def is_active(self) -> bool:
-        """Whether a plan is on its way."""
-        return self._job is not None
 
     @property
     def loading_devices(self) -> set[str]:
@@ -209,7 +204,8 @@ class PlanApplication:
                 model.kv_window,
                 model.kv_dtype,
             )
-            check_memory(needs, self._memory_pools(job), model.kv_window)
+            pools = self._memory_pools(job)
+            check_memory(needs, pools, model.kv_window)
             self.memory = tuple(
                 api.DeviceMemory(device=name, weight_bytes=need.weights, cache_bytes=need.cache)
                 for name, need in needs.items()
@@ -227,6 +223,7 @@ class PlanApplication:
             dtype=model.dtype,
             kv_window=model.kv_window,
             kv_dtype=model.kv_dtype,
+            kept_positions=model.kv_window if has_room_for_more(needs, pools) else 0,
             threads=self._threads_for(job),
             checkpoint_id=model.identity,
             tensors=model.tensors,

@@ -60,7 +60,7 @@ def attend(
     query_HTD = query_THD.to(keys_KSD.dtype).transpose(0, 1)
     mask: Tensor | None = None
     # is_causal aligns top-left: with earlier tokens in the cache it would hide the wrong keys.
-    is_causal = 1 < num_tokens == num_keys <= (view.chunk or view.reach) and (
+    is_causal = 1 < num_tokens == num_keys <= min(view.reach, view.chunk or view.reach) and (
         cached.first_position == 0
     )
     # One token sees every key it was handed, unless they come as a ring.

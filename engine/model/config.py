@@ -261,18 +261,34 @@ def _check_number(field: str, value: float) -> None:
         raise ConfigError(f"{field} {value} is not a number >= 0")
 
 
+def _check_between(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # true of what is no number, too
+        raise ConfigError(f"{field} {value} is not between {low:g} and {high:g}")
+
+
+# Wider than any model has, and so narrow that no table of float32 overflows.
+_ROPE_BOUNDS = {
+    "theta": (1e-3, 1e12),
+    "factor": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+    "low_factor": (1e-3, 1e6),
+    "high_factor": (1e-3, 1e6),
+}
+# Files switch a pair off with a divisor of 1e30.
+_DIVISOR_BOUNDS = (1e-6, 1e30)
+
+
 def _check_rope(rope: Rope, head_width: int) -> None:
-    for field in ("theta", "factor", "attention_factor", "beta_fast", "beta_slow"):
-        _check_positive(f"RoPE {field}", getattr(rope, field))
+    for field, (low, high) in _ROPE_BOUNDS.items():
+        _check_between(f"RoPE {field}", getattr(rope, field), low, high)
     if rope.kind in ("llama3", "yarn", "dynamic"):
         _check_whole(f"original positions of RoPE {rope.kind}", rope.original_positions, 1, 1 << 30)
-    if rope.kind == "llama3":
-        _check_positive("RoPE low_factor", rope.low_factor)
-        _check_positive("RoPE high_factor", rope.high_factor)
-        if rope.low_factor > rope.high_factor:
-            raise ConfigError(
-                f"RoPE low_factor {rope.low_factor} is above high_factor {rope.high_factor}"
-            )
+    if rope.kind == "llama3" and rope.low_factor > rope.high_factor:
+        raise ConfigError(
+            f"RoPE low_factor {rope.low_factor} is above high_factor {rope.high_factor}"
+        )
     if rope.kind == "yarn" and rope.theta <= 1:
         raise ConfigError(f"RoPE theta {rope.theta} must be above 1 for yarn")
     if rope.kind == "dynamic" and head_width < 4:
@@ -283,7 +299,7 @@ def _check_rope(rope: Rope, head_width: int) -> None:
                 f"{len(rope.factors)} RoPE factors for {head_width // 2} pairs of a head"
             )
         for value in rope.factors:
-            _check_positive("a RoPE factor", value)
+            _check_between("a RoPE factor", value, *_DIVISOR_BOUNDS)
 
 
 def _check_experts(experts: Experts) -> None:
@@ -306,8 +322,8 @@ def _check_vision(vision: VisionConfig, vocab_size: int) -> None:
     }
     for field, limit in bounds.items():
         _check_whole(f"vision {field}", getattr(vision, field), 1, limit)
-    for field in ("norm_epsilon", "rope_theta"):
-        _check_positive(f"vision {field}", getattr(vision, field))
+    _check_positive("vision norm_epsilon", vision.norm_epsilon)
+    _check_between("vision rope_theta", vision.rope_theta, *_ROPE_BOUNDS["theta"])
     if vision.image_size % vision.patch_size:
         raise ConfigError(
             f"vision patch_size {vision.patch_size} does not divide image_size {vision.image_size}"

@@ -167,11 +167,6 @@ class KVCache:
         self._layers.pop(slot, None)
 
     @property
-    def num_slots(self) -> int:
-        """Slots that hold tokens."""
-        return len(self._lengths)
-
-    @property
     def num_bytes(self) -> int:
         """Memory held by all slots."""
         return sum(c.num_bytes for layers in self._layers.values() for c in layers.values())

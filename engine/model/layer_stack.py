@@ -137,10 +137,10 @@ class LayerStack:
         num_sequences, num_tokens, _ = x_BTM.shape
         self._check(num_sequences, num_tokens, start_pos)
         self._move_to(x_BTM.device)
-        if torch.is_grad_enabled() or (start_pos == 0 and not keeps_cache):
-            return self._pass(x_BTM, 0, layers, self._no_cache, dropout_rate)
         if start_pos == 0:
             self.clear()
+        if torch.is_grad_enabled() or (start_pos == 0 and not keeps_cache):
+            return self._pass(x_BTM, 0, layers, self._no_cache, dropout_rate)
         if self._cache is None:
             heads = dict.fromkeys(range(self.config.num_layers), self.config.num_kv_heads)
             self._cache = KVCache(

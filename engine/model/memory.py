@@ -1,8 +1,7 @@
 """How much memory a device's share takes, said before anything is loaded.
 
 In: a configuration, a plan, the shapes of the tensors. Out: bytes of weights in compute format and
-of one conversation's keys and values. Scratch memory of a
-step is not counted. Pure: no torch.
+of one conversation's keys and values. Scratch memory of a step is not counted. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ def share_memory(
 ) -> ShareMemory:
     """What a device needs for its share of a plan."""
     keys: set[WeightKey] = set()
-    for row in plan.rows_of(device_index):
+    for row in range(plan.shape.num_rows):
         keys.update(row_keys(config, plan, row, device_index).values())
-        post_norm = post_norm_key(config, row)
+        post_norm = post_norm_key(config, plan, row, device_index)
         if post_norm is not None:
             keys.add(post_norm)
     weights = sum(_weight_bytes(key, tensors, dtype) for key in keys)
@@ -116,6 +115,16 @@ def check_memory(
                 f"{_gib(-left[pool])} too much. Give it a smaller share, choose a narrower "
                 "--dtype, or lower --kv-window"
             )
+
+
+def has_room_for_more(
+    needs: Mapping[str, ShareMemory], pools: Mapping[str, tuple[str, int]]
+) -> bool:
+    """Whether every device could hold a second conversation as long as the first."""
+    left = {name: size for name, size in pools.values()}
+    for device, need in needs.items():
+        left[pools[device][0]] -= need.total + need.cache
+    return all(size >= 0 for size in left.values())
 
 
 def _gib(num_bytes: int) -> str:

@@ -114,12 +114,7 @@ class ModelShard:
         return row_keys(self.config, self.plan, row, self._index)
 
     def _post_norm_key(self, row: int) -> WeightKey | None:
-        """The row's post-norm, where this device adds the row's sum to the residual stream."""
-        if row == self.plan.shape.head_row:
-            return None
-        if self._index not in {*self.plan.group(row), *self.plan.group(row + 1)}:
-            return None
-        return post_norm_key(self.config, row)
+        return post_norm_key(self.config, self.plan, row, self._index)
 
     def _share(self, row: int, roles: _Roles) -> AttentionShare | MlpShare | HeadShare:
         config, plan = self.config, self.plan

@@ -63,9 +63,11 @@ def row_keys(config: ModelConfig, plan: Plan, row: int, device_index: int) -> Ro
     return _attention_keys(config, plan, row, device_index)
 
 
-def post_norm_key(config: ModelConfig, row: int) -> WeightKey | None:
-    """The norm of a row's sum before it is added to the residual stream, where there is one."""
-    if not config.has_post_norms or row >= 2 * config.num_layers:
+def post_norm_key(config: ModelConfig, plan: Plan, row: int, device_index: int) -> WeightKey | None:
+    """The norm of a row's sum, where the model has one and the device adds it to the stream."""
+    if not config.has_post_norms or row == plan.shape.head_row:
+        return None
+    if device_index not in {*plan.group(row), *plan.group(row + 1)}:
         return None
     kind = "mlp" if row % 2 else "attention"
     return _vector(f"layers.{row // 2}.{kind}_post_norm", config.width)

@@ -131,8 +131,6 @@ def merge_image_features(
 ) -> Tensor:
     """Put one feature in place of the embedding of each image token, in order.
 
-    `engine.vision.layout.merge_feature_rows` does the same to arrays.
-
     Args:
         embeddings_TW: of every id.
         ids: of the whole prompt, T of them.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.errors import CheckpointError, ConfigError
-from engine.weights.hf_config import read_json_object, refuse_own_code
+from engine.weights.json_settings import read_json_object, refuse_own_code
 from engine.weights.mapped import one_line
 
 MAX_TEMPLATE_BYTES = 1 << 22

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,7 @@ from engine.text.folder_settings import (
 from engine.text.sentencepiece_model import filler
 from engine.text.special_tokens import assign_roles
 from engine.text.vocabulary import Prefix, Vocabulary
-from engine.weights.hf_config import read_json_object
+from engine.weights.json_settings import read_json_object
 from engine.weights.mapped import one_line
 
 FILE_NAME = "tokenizer.json"
@@ -99,8 +100,8 @@ def _vocab(path: Path, model: Json) -> dict[str, int]:
     return cast("dict[str, int]", vocab)
 
 
-def _kept_merges(path: Path, model: Json, protected: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The merges without those that touch or make a protected token."""
+def _kept_merges(path: Path, model: Json, hidden: AbstractSet[str]) -> list[tuple[str, str]]:
+    """The merges without those that touch or make a hidden token."""
     kept: list[tuple[str, str]] = []
     for value in as_list(path, model.get("merges"), "merges"):
         pair = tuple(value.split(" ")) if isinstance(value, str) else value
@@ -109,7 +110,7 @@ def _kept_merges(path: Path, model: Json, protected: Mapping[str, int]) -> list[
         left, right = cast("tuple[object, object]", pair)
         if not isinstance(left, str) or not isinstance(right, str):
             raise CheckpointError(f"{path}: merge {one_line(value)} is not two tokens")
-        if not protected.keys() & {left, right, left + right}:
+        if not hidden & {left, right, left + right}:
             kept.append((left, right))
     return kept
 
@@ -127,12 +128,14 @@ def _adds_bos(path: Path, data: Json, settings: FolderSettings, bos: str | None)
     return False
 
 
-def read_hf_vocabulary(path: Path) -> Vocabulary:
+def read_hf_vocabulary(path: Path, vocab_size: int | None = None) -> Vocabulary:
     """Read the vocabulary of a tokenizer.json.
 
     Args:
         path: a folder that has the file, or the file. Files beside it are read too if it has its
             usual name; under another name it stands alone.
+        vocab_size: rows of the model's embedding: added tokens beyond them are left out, so that
+            their texts are ordinary ones. None: all tokens are kept.
     Raises:
         CheckpointError: it is missing, malformed or of an unsupported kind.
         ConfigError: ids clash or lie outside, or the tokenizer wants to run its own code.
@@ -157,6 +160,8 @@ def read_hf_vocabulary(path: Path) -> Vocabulary:
                 f"{path}: added token {one_line(text)!r} and another token share id {id}"
             )
         tokens[id] = text
+    dropped = {tokens.pop(id) for id in added if vocab_size is not None and id >= vocab_size}
+    added = {id: entry for id, entry in added.items() if id in tokens}
     ids = {text: id for id, text in tokens.items()}
     if len(ids) != len(tokens):
         raise ConfigError(f"{path}: two added tokens have the same text; correct the file")
@@ -182,7 +187,7 @@ def read_hf_vocabulary(path: Path) -> Vocabulary:
     unknown = model.get("unk_token")
     return Vocabulary(
         path=folder,
-        backend=_backend(path, data, model, vocab, added, roles.protected),
+        backend=_backend(path, data, model, vocab, added, roles.protected, dropped),
         tokens=tokens,
         kind=kind,
         control=roles.control,
@@ -218,9 +223,11 @@ def _backend(
     vocab: Mapping[str, int],
     added: Mapping[int, Json],
     protected: Mapping[str, int],
+    dropped: AbstractSet[str],
 ) -> dict[str, Any]:
-    """The settings of the file without the protected tokens."""
-    kept = {text: id for text, id in vocab.items() if text not in protected}
+    """The settings of the file without the protected tokens and those that the model lacks."""
+    hidden = protected.keys() | dropped
+    kept = {text: id for text, id in vocab.items() if text not in hidden}
     unknown = model.get("unk_token")
     if isinstance(unknown, str) and unknown in protected and unknown in vocab:
         # The library must have it, but not by a text that a person can write.
@@ -229,7 +236,7 @@ def _backend(
     others = [entry for entry in added.values() if entry["content"] not in protected]
     # The library numbers added tokens itself; being in the vocabulary too pins their ids.
     kept.update({entry["content"]: entry["id"] for entry in others})
-    merges = _kept_merges(path, model, protected)
+    merges = _kept_merges(path, model, hidden)
     changed = {"vocab": kept, "merges": merges, "type": "BPE", "unk_token": unknown}
     return {
         **data,

@@ -33,12 +33,14 @@ MAX_MODEL_BYTES = 1 << 25
 MAX_ADDED_GAP = 1 << 16
 
 
-def read_model_vocabulary(path: Path) -> Vocabulary:
+def read_model_vocabulary(path: Path, vocab_size: int | None = None) -> Vocabulary:
     """Read the vocabulary of a tokenizer.model.
 
     Args:
         path: a folder that has the file, or the file. Files beside it are read too if it has its
             usual name; under another name it stands alone.
+        vocab_size: rows of the model's embedding: tokens that the folder adds beyond them are left
+            out, so that their texts are ordinary ones. None: all tokens are kept.
     Raises:
         CheckpointError: it is missing, damaged, too large or of neither form.
         ConfigError: ids clash or lie outside, or the folder wants to run its own code.
@@ -67,6 +69,9 @@ def read_model_vocabulary(path: Path) -> Vocabulary:
         )
     model = parse_model(path, data)
     added = _placed_tokens(path, model, settings.added)
+    if vocab_size is not None:
+        first_dropped = max(vocab_size, len(model.pieces))
+        added = {id: token for id, token in added.items() if id < first_dropped}
     return make_piece_vocabulary(path, _extended(model, added), settings, added)
 
 

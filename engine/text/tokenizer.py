@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.errors import CheckpointError, PromptError
+from engine.errors import CheckpointError, ConfigError, PromptError
 from engine.text.byte_level import to_bytes
 from engine.text.gguf_vocabulary import read_gguf_vocabulary
 from engine.text.hf_vocabulary import FILE_NAME as HF_NAME
@@ -208,27 +208,42 @@ def check_text(text: str) -> None:
         ) from error
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
         path: a GGUF file, a tokenizer.json, a tokenizer.model (SentencePiece, or Meta's base64
             ranks), or a folder with one of the latter two and the files that belong to it.
+        vocab_size: rows of the model's embedding, where there is a model. Tokens that were added
+            to the trained ones without a row, such as those for images beside a text model, cannot
+            be computed: they are left out, and their texts are ordinary ones.
+    Returns: a tokenizer whose ids are all below `vocab_size`.
     Raises:
         CheckpointError: there is none, or it is damaged or of an unsupported kind.
-        ConfigError: it wants to run its own code, or its files contradict each other.
+        ConfigError: it wants to run its own code, its files contradict each other, or it has
+            trained tokens without a row.
     """
+    tokenizer = Tokenizer(_read_vocabulary(path, vocab_size))
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model embeddings for "
+            f"{vocab_size:,}; files of two models are mixed"
+        )
+    return tokenizer
+
+
+def _read_vocabulary(path: Path, vocab_size: int | None) -> Vocabulary:
     if path.is_dir():
         if (path / HF_NAME).is_file():
-            return Tokenizer(read_hf_vocabulary(path))
+            return read_hf_vocabulary(path, vocab_size)
         if (path / MODEL_NAME).is_file():
-            return Tokenizer(read_model_vocabulary(path))
+            return read_model_vocabulary(path, vocab_size)
         raise CheckpointError(
             f"{path}: no {HF_NAME} in this folder, and no {MODEL_NAME}; copy the model's tokenizer "
             "there (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     if path.suffix == ".json":
-        return Tokenizer(read_hf_vocabulary(path))
+        return read_hf_vocabulary(path, vocab_size)
     if path.suffix == ".model":
-        return Tokenizer(read_model_vocabulary(path))
-    return Tokenizer(read_gguf_vocabulary(path))
+        return read_model_vocabulary(path, vocab_size)
+    return read_gguf_vocabulary(path)

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.errors import ConfigError, PromptError
 from engine.model.config import VisionConfig
 
@@ -136,21 +133,6 @@ def feature_positions(ids: Sequence[int], num_features: int, image_token_id: int
             "give the prompt exactly the images that it has places for."
         )
     return positions
-
-
-def merge_feature_rows(
-    embeddings_TW: NDArray[np.float32],
-    ids: Sequence[int],
-    features_NW: NDArray[np.float32],
-    image_token_id: int,
-) -> NDArray[np.float32]:
-    """`engine.model.vision.merge_image_features` for arrays: a changed copy of the embeddings.
-
-    Raises: PromptError: there are more or fewer image tokens than features.
-    """
-    merged = embeddings_TW.copy()
-    merged[feature_positions(ids, features_NW.shape[0], image_token_id)] = features_NW
-    return merged
 
 
 def _image_ids(grid: TileGrid, tokens: ImageTokens, tokens_per_tile: int) -> list[int]:

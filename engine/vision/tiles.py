@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import ConfigError, PromptError
+from engine.errors import ConfigError
 from engine.model.config import VisionConfig
+from engine.vision.files import check_number
 from engine.vision.images import MAX_PIXELS, read_image
 from engine.vision.layout import TileGrid
-
-MAX_IMAGES = 32
-MAX_TILES = 64
+from engine.vision.preprocessor import DEFAULT_MAX_TILES, MAX_TILES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,18 +37,22 @@ class PreparedImages:
 
 
 def prepare_images(
-    files: Sequence[bytes], config: VisionConfig, max_tiles: int = 16
+    files: Sequence[bytes],
+    config: VisionConfig,
+    max_tiles: int = DEFAULT_MAX_TILES,
+    numbers: Sequence[int] | None = None,
 ) -> PreparedImages:
     """Decode, resize and cut the images of a request.
 
     The whole way of an image into a model: `prepare_images`, then `layout.expand_images` on the
     prompt's ids with these grids, `VisionEncoder.encode` on the tiles, and the features in place
-    of the patch tokens (`layout.merge_feature_rows` or `model.vision.merge_image_features`).
+    of the patch tokens (`decode.image_rows`, or `model.vision.merge_image_features`).
 
     Args:
         files: contents of PNG, JPEG, WebP, GIF or BMP files.
         config: validated; says the edge of a tile.
         max_tiles: that an image may be cut into, 1 to MAX_TILES; one more shows it whole.
+        numbers: what messages call each image; None counts from 1.
     Raises: PromptError: an image is damaged, too large or too small, or there are too many.
         ConfigError: max_tiles is out of range, or that many tiles of this size are too large.
     """
@@ -64,13 +67,11 @@ def prepare_images(
             f"{max_tiles} tiles of {tile_size} x {tile_size} have {max_tiles * tile_size**2:,} "
             f"pixels, at most {MAX_PIXELS:,} are allowed. Choose fewer tiles."
         )
-    if len(files) > MAX_IMAGES:
-        raise PromptError(
-            f"{len(files)} images in one request, at most {MAX_IMAGES} are read. Send fewer."
-        )
+    check_number(len(files))
     tiles: list[NDArray[np.float32]] = []
     grids: list[TileGrid] = []
-    for number, data in enumerate(files, start=1):
+    numbers = range(1, len(files) + 1) if numbers is None else numbers
+    for number, data in zip(numbers, files, strict=True):
         pixels = read_image(data, number)
         grid = choose_grid(pixels.shape[0], pixels.shape[1], tile_size, max_tiles)
         grids.append(grid)

@@ -1,8 +1,9 @@
 """Opens a model, whatever its file format, under our own tensor names.
 
 In: a path: a GGUF file, the first of several, or a folder: of safetensors with config.json
-(Hugging Face) or params.json (Meta), or of one GGUF model. Out: its configuration, a description of every tensor, and slices of them in the file's own format. It keeps no tensor in
-memory and computes nothing but the float32 values of single rows.
+(Hugging Face) or params.json (Meta), or of one GGUF model. Out: its configuration, the files it is
+in, a description of every tensor, and slices of them in the file's own format. It keeps no tensor
+in memory and computes nothing but the float32 values of single rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Checkpoint:
     """An open model. Reading is safe from several threads; `close` ends it.
 
     Attributes:
-        path: as given to `open_checkpoint`.
+        path: as given to `open_checkpoint`, or the GGUF file of such a folder.
+        files: those with tensors, all open: every part of a GGUF model in their order; of a folder,
+            the safetensors files that its index names, or its only one.
         config: validated.
         tensors: our name to description; `head` is there also where it is tied to the embedding.
     """
@@ -40,12 +43,14 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
+        files: Sequence[Path],
         config: ModelConfig,
         stored: Mapping[str, StoredTensor],
         close_files: Callable[[], None],
     ) -> None:
         """Use `open_checkpoint`; `stored` has our names and is complete."""
         self.path = path
+        self.files = tuple(files)
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tensor.format, tensor.shape) for name, tensor in stored.items()
@@ -145,7 +150,7 @@ def _open_gguf(path: Path) -> Checkpoint:
                 f"{path}: {len(tokens):,} tokens, but the embedding has {config.vocab_size:,} rows"
             )
         bound = bind_tensors(path, config, "gguf", file.tensors)
-        return Checkpoint(path, config, bound, file.close)
+        return Checkpoint(path, file.paths, config, bound, file.close)
     except BaseException:
         file.close()
         raise
@@ -168,7 +173,8 @@ def _open_huggingface(folder: Path) -> Checkpoint:
     except BaseException:
         close_files()
         raise
-    return Checkpoint(folder, config, bound, close_files)
+    paths = [file.path for file in files]
+    return Checkpoint(folder, paths, config, bound, close_files)
 
 
 def _open_meta(folder: Path) -> Checkpoint:
@@ -179,7 +185,7 @@ def _open_meta(folder: Path) -> Checkpoint:
     except BaseException:
         file.close()
         raise
-    return Checkpoint(folder, config, bound, file.close)
+    return Checkpoint(folder, [file.path], config, bound, file.close)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -195,7 +195,8 @@ _META_LLAMA4 = NameTable(
             )
         ),
     ),
-    ignored=_META_IGNORED,
+    # Text only: the image encoder of this layout is not used.
+    ignored=re.compile(_META_IGNORED.pattern + r"|vision_(embeddings|projection)\..*"),
 )
 _META_DENSE = NameTable((*_META_ENDS, *_META_ATTENTION, *_META_MLP), ignored=_META_IGNORED)
 
@@ -223,6 +224,7 @@ _GGUF_POST_NORMS = _rows(
 )
 _GGUF_EXPERTS = (
     NameRow(_L + "router", _G + "ffn_gate_inp.weight"),
+    *_fused(0, "FF", f"{_EXPERT}gate {_EXPERT}up", _G + "ffn_gate_up_exps.weight", _ONE),
     *(
         row
         for name in ("gate", "up", "down")

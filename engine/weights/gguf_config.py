@@ -25,27 +25,20 @@ from engine.model.config import (
     Reach,
     RopeLayout,
 )
+from engine.weights.gguf_neutral import NEUTRAL
 from engine.weights.gguf_rope import ropes_from_gguf
 from engine.weights.gguf_section import Section
 from engine.weights.gguf_split import GgufModel
 from engine.weights.mapped import one_line
 
-# Key of the architecture's section -> the values that change nothing.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "expert_shared_count": (0, 1),
-    "expert_group_count": (0, 1),
-    "expert_weights_scale": (0, 1),
-    "leading_dense_block_count": (0,),
-    "nextn_predict_layers": (0,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.causal": (True,),
-    "attn_logit_softcapping": (0,),
-    "logit_scale": (0, 1),
-    "embedding_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "use_parallel_residual": (False,),
-}
+# What must be the width of a head, where a file says it; "swa" is of the layers with a window.
+_HEAD_WIDTHS = (
+    "attention.value_length",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "rope.dimension_count",
+    "rope.dimension_count_swa",
+)
 _LAYER_OF_NAME = re.compile(r"blk\.(\d{1,9})\.")
 _CONTROL_VECTOR = re.compile(r"direction\.(\d{1,18})")
 _LLAMA4_CHUNK = 8192
@@ -122,7 +115,7 @@ def config_from_gguf(file: GgufModel) -> ModelConfig:
     """
     name = gguf_architecture(file)
     section = Section(file, name)
-    section.refuse_unsupported(_NEUTRAL)
+    section.refuse_unsupported(NEUTRAL)
     try:
         return _config(section, _ARCHITECTURES[name]).validate()
     except ConfigError as error:
@@ -135,6 +128,8 @@ def _config(section: Section, architecture: _Architecture) -> ModelConfig:
     path, tensors = section.path, section.file.tensors
     num_layers = _num_layers(section)
     width = section.integer("embedding_length")
+    if section.integer("embedding_length_out", width) not in (0, width):
+        raise section.fail("embedding_length_out", f"differs from {width}; use another model")
     num_heads = section.integer("attention.head_count")
     head_width = _head_width(section, width, num_heads)
     embedding = tensors.get("token_embd.weight")
@@ -214,7 +209,7 @@ def _head_width(section: Section, width: int, num_heads: int) -> int:
     if not section.has("attention.key_length") and width % num_heads:
         raise ConfigError(f"{section.path}: num_heads {num_heads} does not divide width {width}")
     head_width = section.integer("attention.key_length", width // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in _HEAD_WIDTHS:
         if section.integer(key, head_width) != head_width:
             raise ConfigError(
                 f"{section.path}: {key} {section.integer(key)} differs from head width "

@@ -17,12 +17,6 @@ from engine.weights.hf_rope import yarn_magnitude
 
 DIVISORS = "rope_freqs.weight"
 _KINDS = ("none", "linear", "yarn")
-# How far yarn extrapolates: only wholly, which -1 leaves to the program.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "rope.scaling.alpha": (0,),
-    "rope.scaling.yarn_ext_factor": (1, -1),
-    "rope.scaling.yarn_attn_factor": (1,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +48,11 @@ def ropes_from_gguf(section: Section, head_width: int, *, has_two: bool) -> tupl
     Returns: the table of all layers; or of the full ones, then of the sliding ones.
     Raises: ConfigError: an unknown kind of scaling, or divisors of the wrong number or format.
     """
-    section.refuse_unsupported(_NEUTRAL)
     theta = section.number("rope.freq_base", 10000.0)
     rope = _rope(section, theta, head_width)
     if has_two:
-        return rope, Rope(theta=section.number("rope.freq_base_swa", 10000.0))
+        theta = section.number("rope.freq_base_swa", 10000.0)
+        return rope, Rope(theta=theta, attention_factor=_magnitude(section))
     if section.number("rope.freq_base_swa", theta) != theta:
         raise section.fail("rope.freq_base_swa", "is not supported by this architecture")
     return (rope,)
@@ -75,12 +69,20 @@ def _rope(section: Section, theta: float, head_width: int) -> Rope:
             )
         factor = scaling.factor if scaling.kind == "linear" else 1.0
         return Rope(
-            theta=theta, kind="factors", factors=tuple(value * factor for value in divisors)
+            theta=theta,
+            kind="factors",
+            factors=tuple(value * factor for value in divisors),
+            attention_factor=_magnitude(section),
         )
     if scaling.kind == "none":
-        return Rope(theta=theta)
+        return Rope(theta=theta, attention_factor=_magnitude(section))
     if scaling.kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=scaling.factor)
+        return Rope(
+            theta=theta,
+            kind="linear",
+            factor=scaling.factor,
+            attention_factor=_magnitude(section),
+        )
     magnitude = yarn_magnitude(scaling.factor)
     multiplier = section.number("rope.scaling.yarn_log_multiplier", 0.0)
     if multiplier:
@@ -97,8 +99,13 @@ def _rope(section: Section, theta: float, head_width: int) -> Rope:
         ),
         beta_fast=section.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=section.number("rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=magnitude * section.number("rope.scaling.attn_factor", 1.0),
+        attention_factor=magnitude * _magnitude(section),
     )
+
+
+def _magnitude(section: Section) -> float:
+    """What a file multiplies cosine and sine by, with every kind of scaling and without."""
+    return section.number("rope.scaling.attn_factor", 1.0)
 
 
 def _divisors(section: Section, head_width: int) -> tuple[float, ...]:

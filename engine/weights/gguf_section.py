@@ -81,14 +81,16 @@ class Section:
         """Refuse keys that change the arithmetic in a way that is not built.
 
         Args:
-            neutral: key to the values that change nothing; a missing key is neutral too.
+            neutral: key to the values that change nothing; a missing key is neutral too, and so is
+                an array of such values.
         Raises: ConfigError: another value.
         """
         for key, allowed in neutral.items():
             value = self.file.metadata.get(self._prefix + key)
             if value is None:
                 continue
-            if not isinstance(value, str | int | float) or value not in allowed:
+            values = value.tolist() if isinstance(value, np.ndarray) else [value]
+            if not all(isinstance(v, int | float) and v in allowed for v in values):
                 raise self.fail(
                     key, f"= {one_line(value)} is not supported; use a model without it"
                 )

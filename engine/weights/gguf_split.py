@@ -73,6 +73,11 @@ class GgufModel:
             self.close()
             raise
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All parts, in their order."""
+        return tuple(file.path for file in self._files)
+
     def type_of(self, key: str) -> str:
         """How a key of the first part is stored; "nothing" where it is absent."""
         return self._files[0].type_of(key)

@@ -84,7 +84,8 @@ def llama4(settings: Settings) -> ModelConfig:
     outer, settings = settings, settings.section("text_config") or settings
     defaults = Defaults(
         num_kv_heads=8,
-        head_width=128,
+        # Null is the width shared among the heads; a missing key is this number.
+        head_width=0 if "head_dim" in settings.values else 128,
         norm_epsilon=1e-5,
         rope_theta=500000.0,
         sizes=_LLAMA4_SIZES,

@@ -29,6 +29,8 @@ from engine.weights.safetensors import read_header, refuse_escape, refuse_pickle
 PARAMS_NAME = "params.json"
 _FILE_NAMES = ("consolidated.safetensors", "consolidated.00.safetensors")
 _MAX_SPAN = 1 << 30
+_SMALL_LLAMA32_WIDTHS = (2048, 3072)  # of 1B and 3B
+_LLAMA3_VOCABULARY = 128256
 
 # Keys whose values are read, or that say nothing about the arithmetic.
 _KNOWN = frozenset(
@@ -39,6 +41,7 @@ _KNOWN = frozenset(
         *("attention_chunk_size", "use_qk_norm", "attn_temperature_tuning", "floor_scale"),
         *("attn_scale", "moe_args", "ffn_dim_multiplier", "multiple_of", "ffn_exp"),
         *("max_batch_size", "max_seq_len", "model_parallel_size", "model_type"),
+        "vision_args",  # of the image encoder, which is not used: the text model is the same
     )
 )
 _KNOWN_OF_EXPERTS = frozenset(
@@ -119,7 +122,7 @@ def _config(settings: Settings, stored: Mapping[str, StoredTensor]) -> ModelConf
     floor = settings.number("floor_scale", 8192.0)
     if has_tuning and (not floor.is_integer() or not 1 <= floor <= _MAX_SPAN):
         raise settings.fail("floor_scale", f"{floor} is not a whole number from 1")
-    rope = _rope(settings, is_llama4)
+    rope = _rope(settings, _scaling_factor(is_llama4, width, vocab_size), is_llama4)
     has_head = "output.weight" in stored or "lm_head.weight" in stored
     family = "mistral" if "sliding_window" in settings else "llama"
     return ModelConfig(
@@ -149,15 +152,26 @@ def _trained_positions(rope: Rope) -> int:
     return 8192 if rope.theta > 10000 else 4096
 
 
-def _rope(settings: Settings, is_llama4: bool) -> Rope:
+def _scaling_factor(is_llama4: bool, width: int, vocab_size: int) -> float:
+    """By which a released model stretches long waves; its params.json does not say it.
+
+    Source: config.json of the published Llama 3.1, 3.2 and 4; llama-models issues 166 and 241: the
+        reference code has 8 for all of Llama 3, with which Llama 3.2 1B and 3B fail in long texts.
+    """
+    if is_llama4:
+        return 16.0
+    is_small = width in _SMALL_LLAMA32_WIDTHS and vocab_size == _LLAMA3_VOCABULARY
+    return 32.0 if is_small else 8.0
+
+
+def _rope(settings: Settings, factor: float, is_llama4: bool) -> Rope:
     theta = settings.number("rope_theta", 10000.0)
     if not settings.flag("use_scaled_rope", False):
         return Rope(theta=theta)
-    # Llama 4 Scout's numbers are in no file, nor are those of Llama 3.1.
     return Rope(
         theta=theta,
         kind="llama3",
-        factor=settings.number("rope_scaling_factor", 16.0 if is_llama4 else 8.0),
+        factor=settings.number("rope_scaling_factor", factor),
         original_positions=8192,
         low_factor=1.0,
         high_factor=settings.number("rope_high_freq_factor", 1.0 if is_llama4 else 4.0),

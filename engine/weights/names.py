@@ -105,11 +105,6 @@ def _all_tensors(config: ModelConfig) -> Iterator[_Ours]:
             yield _Ours(row, int(number) if found else 0, None, shape)
 
 
-def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our name of every tensor of a model, `head` included, with its shape in torch order."""
-    return {ours.filled(ours.row): ours.shape for ours in _all_tensors(config)}
-
-
 def _listed(names: list[str]) -> str:
     shown = ", ".join(one_line(name, 70) for name in names[:MAX_LISTED])
     more = len(names) - MAX_LISTED

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import EngineError
 from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
 from engine.plan.presets import from_percentages, set_layers
@@ -79,3 +80,21 @@ def test_norms_of_sums_see_what_the_wire_left_of_them(session: Session, tmp_path
     found = session.logits(IDS)
     assert np.array_equal(found.argmax(1), np.concatenate(pieces).argmax(1))
     assert np.abs(found - np.concatenate(pieces)).max() <= 1e-3
+
+
+def test_a_step_that_cannot_be_computed_ends_its_requests_and_not_the_plan(
+    session: Session, tmp_path: Path
+) -> None:
+    """A number past what the wire holds once took the plan from everyone."""
+    oracle = save_tiny_llama(tmp_path)
+    with torch.no_grad():
+        oracle.model.layers[1].mlp.down_proj.weight.mul_(1e7)
+    oracle.save_pretrained(tmp_path)
+    plan = uneven(open_model(session, tmp_path))
+    session.apply(Plan(plan.shape, plan.devices, plan.cells, "float16").validate())
+    for _ in range(2):
+        with pytest.raises(EngineError, match="65,504") as caught:
+            session.generate("abc", raw=True, max_tokens=3)
+        assert "\n" not in str(caught.value)
+    session.apply(plan)
+    assert len(session.generate("abc", raw=True, max_tokens=3, ignore_eos=True).token_ids) == 3

@@ -39,6 +39,7 @@ def answer(
     """A greedy request, and what is said of it."""
     said: list[tuple[int, str]] = []
     sequence = Sequence(
+        checkpoint_id="",
         request_id=1,
         ids=[8, 8],
         num_prompt=2,

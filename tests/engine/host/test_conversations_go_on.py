@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,12 @@ from engine.decode.slots import MAX_KEPT
 from engine.errors import CacheFull, PlanError
 from engine.host import messages as api
 from engine.host.kv_settings import DTYPE_VARIABLE, WINDOW_VARIABLE
+from engine.host.opened_model import OpenedModel
 from engine.session import Session, SessionOptions
 from engine.text.tokenizer import load_tokenizer
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_families import save_tiny
+from tests.tiny_files import save_tiny_gguf
+from tests.tiny_models import VOCAB_SIZE, save_tiny_llama
 
 WINDOW = 48
 
@@ -91,15 +95,17 @@ def test_a_prompt_longer_than_the_window_is_refused(session: Session) -> None:
         go_on(session, "a" * 49, 5)
 
 
-def test_every_conversation_in_the_cache_takes_the_memory_that_was_stated(
-    session: Session,
-) -> None:
-    for _ in range(2):
-        found = go_on(session, "abcabcXYZ", 200)
-        for device in found.devices:
-            # 209 positions still fit the first 256 of each ring, as do the stated 48.
-            num_slots = device.cache_bytes / session.memory[device.device].cache_bytes
-            assert num_slots in range(1, MAX_KEPT + 2)
+def test_every_conversation_in_the_cache_takes_the_memory_that_was_stated(tiny: Tiny) -> None:
+    """The first, then a second that fits beside it, then a third that does not."""
+    with Session(SessionOptions(model=str(tiny.folder), dtype="float32", kv_window=300)) as session:
+        stated = session.memory["this/cpu"].cache_bytes
+        assert stated == 512 * 2 * 2 * 20 * 3 * 4
+        taken = [
+            go_on(session, text, 287).devices[0].cache_bytes
+            for text in ("the first one", "a second talk", "at last a third")
+        ]
+    # What a conversation of 300 positions leaves is kept until others need its room.
+    assert taken == [stated, 2 * stated, 2 * stated]
 
 
 def test_the_next_turn_computes_only_what_is_new(tiny: Tiny, session: Session) -> None:
@@ -182,3 +188,44 @@ def test_more_requests_than_are_computed_at_once_wait_for_their_turn(
     for device in found[-1].devices:
         num_slots = device.cache_bytes / session.memory[device.device].cache_bytes
         assert num_slots <= MAX_RUNNING + MAX_KEPT
+
+
+def test_a_replaced_part_of_a_split_model_is_another_model(tmp_path: Path) -> None:
+    """Only the first part was stamped: runners went on with the weights of the old file."""
+    oracle = save_tiny("llama", tmp_path / "folder")
+    (tmp_path / "parts").mkdir()
+
+    def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        letters = [chr(0x100 + n) for n in range(VOCAB_SIZE - 1)]
+        writer.add_token_list([*letters, "\u0101\u0102"])
+        writer.add_token_types([gguf.TokenType.NORMAL] * VOCAB_SIZE)
+        writer.add_token_merges(["\u0101 \u0102"])
+
+    path = tmp_path / "parts" / "tiny.gguf"
+    save_tiny_gguf(oracle, path, max_tensors_per_part=9, change=add_tokenizer)
+    parts = sorted((tmp_path / "parts").glob("*.gguf"))
+    assert len(parts) > 2
+    before = Checked.of(parts[0])
+    assert before.file_bytes == sum(part.stat().st_size for part in parts)
+    data = bytearray(parts[-1].read_bytes())
+    data[-4:] = b"\x00\x00\x80\x3f"
+    parts[-1].write_bytes(data)
+    assert Checked.of(parts[0]).identity != before.identity
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the host says of a file."""
+
+    identity: str
+    file_bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> Checked:
+        model = OpenedModel(path, "float32", None)
+        try:
+            return cls(model.identity, model.file_bytes)
+        finally:
+            model.close()

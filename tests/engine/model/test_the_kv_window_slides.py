@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from engine.errors import ProtocolError
+from engine.model.attention import attend
 from engine.model.config import Layer
 from engine.model.kv_cache import CACHE_DTYPES, LayerCache
 from engine.model.masks import visible_mask
@@ -163,3 +164,32 @@ def test_a_slot_is_not_cut_back_to_where_its_keys_are_gone(gemma: Checkpoint) ->
     assert can_truncate(gemma.config, 600, 3510, 3000)
     model.shards[0].cache.truncate(0, 3000)
     assert_close(model.logits(IDS[3000:3010], 3000), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layer=LAYERS, window=st.integers(1, 60), counts=st.lists(st.integers(1, 40), max_size=4))
+def test_attention_is_what_its_definition_says(
+    layer: Layer, window: int, counts: list[int]
+) -> None:
+    """Chunks longer than the window, too: a first piece once saw all of its chunk."""
+    view = View.of_layer(layer, window)
+    cache = LayerCache(2, 4, view, torch.float32, CPU)
+    generator = torch.Generator().manual_seed(7)
+    total = sum(counts)
+    query, keys, values = torch.randn(3, max(total, 1), 2, 4, generator=generator)
+    start = 0
+    for count in counts:
+        end = start + count
+        cached = cache.append(start, keys[start:end], values[start:end])
+        found = attend(
+            query[start:end], cached, torch.arange(start, end), view, [(2, 2, 1)], scale=0.4
+        )
+        for position in range(start, end):
+            visible = slice(view.first_visible(position), position + 1)
+            scores = torch.einsum("hd,shd->hs", query[position], keys[visible]).double() * 0.4
+            weights = torch.softmax(scores, dim=-1)
+            expected = torch.einsum("hs,shd->hd", weights, values[visible].double())
+            torch.testing.assert_close(
+                found[position - start].double(), expected, rtol=1e-5, atol=1e-5
+            )
+        start = end

@@ -15,7 +15,6 @@ from engine.model.model_presets import model_preset
 from engine.model.transformer import Transformer
 from engine.model.view import View
 from engine.weights.checkpoint import open_checkpoint
-from engine.weights.names import canonical_shapes
 from tests.engine.model.transformer_cases import (
     CONFIGS,
     DENSE,
@@ -229,14 +228,16 @@ def test_logits_loss_and_gradients_equal_transformers(
         assert theirs.grad.abs().max() > 1e-3
 
 
-def test_keys_and_shapes_are_those_of_our_checkpoints(
-    tiny: tuple[ModelConfig, Transformer, Any],
-) -> None:
-    config, model, _ = tiny
-    expected = canonical_shapes(config)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_shapes_are_those_of_our_checkpoints(tmp_path: Path, family: str) -> None:
+    save_tiny(family, tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        config = checkpoint.config
+        expected = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if config.is_head_tied:
-        expected = {name: shape for name, shape in expected.items() if name != "head"}
-    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        del expected["head"]
+    state = Transformer(config).state_dict()
+    found = {name: tuple(value.shape) for name, value in state.items()}
     assert found == expected
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 from transformers.models.llama4.modeling_llama4 import pixel_shuffle as shuffle_of_transformers
 
+from engine.decode.image_rows import ImageRows
 from engine.errors import CheckpointError, PromptError
 from engine.model.config import VisionConfig
 from engine.model.vision import VisionEncoder, merge_image_features, pixel_shuffle
-from engine.vision.layout import merge_feature_rows
+from engine.vision.kept_features import EncodedImage
+from engine.vision.layout import TileGrid, feature_positions
 from engine.vision.names import HUGGING_FACE_NAMES, vision_shapes
 
 # float32 sums in another order; the features are of size 1.
@@ -223,9 +225,18 @@ def test_features_replace_the_embeddings_that_transformers_replaces(
         merged = merge_image_features(embeddings, ids, features, IMAGE_TOKEN)
     assert_close(merged, seen[0][0], "embeddings")
     assert torch.equal(embeddings, before)
-    rows = merge_feature_rows(embeddings.numpy(), ids, features.numpy(), IMAGE_TOKEN)
-    assert np.array_equal(rows, merged.numpy())
-    assert torch.equal(embeddings, before)
+    images = [
+        EncodedImage(
+            digest=bytes([n]), grid=TileGrid(rows=1, columns=1), features=half.contiguous().numpy()
+        )
+        for n, half in enumerate(features.chunk(2))
+    ]
+    placed = ImageRows(feature_positions(ids, len(features), IMAGE_TOKEN), images)
+    for piece in (1, 5, len(ids)):
+        rows = before.numpy().copy()
+        for first in range(0, len(ids), piece):
+            placed.put(rows[first : first + piece], first)
+        assert np.array_equal(rows, merged.numpy()), piece
 
 
 def test_gradients_reach_features_and_only_the_embeddings_of_text() -> None:
@@ -245,9 +256,7 @@ def test_as_many_features_as_image_tokens_or_one_line() -> None:
     with pytest.raises(PromptError, match=r"^144 image tokens, 288 features"):
         merge_image_features(torch.zeros(146, 5), ids, torch.zeros(288, 5), IMAGE_TOKEN)
     with pytest.raises(PromptError, match=r"^144 image tokens, 0 features"):
-        merge_feature_rows(
-            np.zeros((146, 5), np.float32), ids, np.zeros((0, 5), np.float32), IMAGE_TOKEN
-        )
+        feature_positions(ids, 0, IMAGE_TOKEN)
 
 
 def test_missing_and_misshapen_tensors_are_named(weights: dict[str, Tensor]) -> None:

@@ -21,14 +21,9 @@ from PIL import Image
 
 from engine.errors import ConfigError, PromptError
 from engine.model.config import VisionConfig
+from engine.vision.files import MAX_IMAGES
 from engine.vision.layout import TileGrid
-from engine.vision.tiles import (
-    MAX_IMAGES,
-    choose_grid,
-    cut_tiles,
-    fitted_size,
-    prepare_images,
-)
+from engine.vision.tiles import choose_grid, cut_tiles, fitted_size, prepare_images
 
 # Pillow, and torch with uint8, resize one way, round to whole levels, resize the other way, and
 # round again: each is up to one level from the exact value (and a little, for weights of 8 bits
@@ -218,7 +213,10 @@ def processor_module() -> Any:
     try:
         return importlib.import_module("transformers.models.llama4.image_processing_llama4")
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        pytest.skip(f"the Llama 4 image processor of transformers needs torchvision: {error}")
+        pytest.skip(
+            "not compared with transformers: its Llama 4 image processor needs torchvision, which "
+            f"cannot be imported beside torch {torch.__version__} ({error})"
+        )
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

@@ -2,126 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-import tokenizers
-import torch
-from PIL import Image
-from tokenizers import decoders, models, pre_tokenizers
 
-from engine.errors import Cancelled, EngineError, PromptError
+from engine.errors import CacheFull, Cancelled, EngineError, PromptError
 from engine.host import messages as api
 from engine.session import Session, SessionOptions
-from engine.text.tokenizer import load_tokenizer
 from engine.vision.encoder import ImageEncoder
-from engine.vision.layout import expand_images, find_image_tokens
-from engine.vision.tiles import prepare_images
-from engine.weights.checkpoint import open_checkpoint
-from tests.tiny_families import IMAGE_TOKEN, save_tiny
-from tests.tiny_models import VOCAB_SIZE, save_tiny_llama
+from engine.vision.layout import TileGrid
+from tests.engine.vision.tiny_vision import Vision, picture, user
+from tests.tiny_models import save_tiny_llama
 
-IMAGE_TEXTS = {
-    "<|image_start|>": 85,
-    "<|image_end|>": 86,
-    "<|image|>": 87,
-    "<|tile_x_separator|>": 88,
-    "<|tile_y_separator|>": 89,
-    "<|patch|>": IMAGE_TOKEN,
-}
-TEMPLATE = (
-    "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}</s>{% endfor %}"
-)
-
-
-def save_vision_tokenizer(folder: Path) -> None:
-    """Single letters, the image tokens, and a template that places images."""
-    control = {"<unk>": 0, "<s>": 1, "</s>": 2, **IMAGE_TEXTS}
-    free = [i for i in range(VOCAB_SIZE) if i not in control.values()]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: len(free)]
-    vocab = {**control, **dict(zip(letters, free, strict=True))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(control))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-
-
-def picture(width: int, height: int, seed: int) -> bytes:
-    """A noisy PNG."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-@dataclass(frozen=True)
-class Vision:
-    """A model that reads images, on disk and as the oracle, and some images."""
-
-    folder: Path
-    oracle: Any
-    wide: Path
-    small: Path
-
-    def expected(self, text: str, paths: list[Path], count: int) -> list[int]:
-        """Greedy tokens of transformers for one turn with images."""
-        with open_checkpoint(self.folder) as checkpoint:
-            vision = checkpoint.config.vision
-        assert vision is not None
-        tokenizer = load_tokenizer(self.folder)
-        prepared = prepare_images([path.read_bytes() for path in paths], vision)
-        ids = [IMAGE_TEXTS["<|image|>"]] * len(paths) + tokenizer.encode(text) + [2]
-        tokens = find_image_tokens(tokenizer.control_id, vision)
-        ids = expand_images(ids, prepared.grids, tokens, vision.tokens_per_tile)
-        with torch.no_grad():
-            output = self.oracle.generate(
-                input_ids=torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                pixel_values=torch.as_tensor(prepared.tiles),
-                max_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        return output[0, len(ids) :].tolist()
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Vision:
-    folder = tmp_path_factory.mktemp("vision")
-    oracle = save_tiny("llama4_vision", folder)
-    save_vision_tokenizer(folder)
-    wide, small = folder / "wide.png", folder / "small.png"
-    wide.write_bytes(picture(70, 30, 1))
-    small.write_bytes(picture(20, 25, 2))
-    return Vision(folder, oracle, wide, small)
-
-
-@pytest.fixture(scope="module")
-def session(vision: Vision) -> Iterator[Session]:
-    options = SessionOptions(model=str(vision.folder), dtype="float32", num_workers=2)
-    with Session(options) as session:
-        yield session
+# float32 sums in another order; the features are of size 0.01.
+GPU_TOLERANCE = 1e-6
 
 
 def ask(session: Session, text: str, *paths: Path, count: int = 12) -> api.Finished:
     """One turn with images."""
-    turn = api.ChatTurn(role="user", content=text, images=tuple(str(p) for p in paths))
-    return session.generate((turn,), max_tokens=count, ignore_eos=True)
+    return session.generate((user(text, *paths),), max_tokens=count, ignore_eos=True)
 
 
 def test_tokens_equal_transformers(vision: Vision, session: Session) -> None:
@@ -201,17 +107,83 @@ def test_the_command_line_shows_an_image(vision: Vision) -> None:
 
 def test_encoding_can_be_cancelled_and_goes_on_after_its_process_was_killed(vision: Vision) -> None:
     encoder = ImageEncoder(vision.folder)
-    files = [vision.small.read_bytes()]
+    small, wide, other = vision.small.read_bytes(), vision.wide.read_bytes(), picture(9, 9, 5)
     try:
         with pytest.raises(Cancelled):
-            encoder.encode(files, lambda: True)
-        first = encoder.encode(files, lambda: False)
-        process = encoder._process
-        assert process is not None
-        process.kill()
+            encoder.encode([small], lambda: True)
+        (first,) = encoder.encode([small], lambda: False)
+        child = encoder._child
+        assert child is not None
+        child.process.kill()
         with pytest.raises(EngineError, match="ended with code"):
-            encoder.encode(files, lambda: False)
-        again = encoder.encode(files, lambda: False)
-        assert np.array_equal(first.features, again.features)
+            encoder.encode([wide], lambda: False)
+        _, again, _ = encoder.encode([small, wide, other], lambda: False)
     finally:
         encoder.close()
+    with closing(ImageEncoder(vision.folder)) as fresh:
+        alone, with_it = fresh.encode([small, wide], lambda: False)
+    assert np.array_equal(alone.features, first.features)
+    assert np.array_equal(with_it.features, again.features)
+    with pytest.raises(EngineError, match="the model was closed"):
+        encoder.encode([wide], lambda: False)
+
+
+def test_a_process_that_reads_nothing_is_given_up_at_the_deadline(vision: Vision) -> None:
+    """A request longer than a pipe blocked its writer for good."""
+    with closing(ImageEncoder(vision.folder)) as encoder:
+        encoder.encode([vision.small.read_bytes()], lambda: False)
+        child = encoder._child
+        assert child is not None
+        stopped = psutil.Process(child.process.pid)
+        stopped.suspend()
+        large = picture(1000, 700, 4)
+        assert len(large) > 1 << 20
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match="took longer than 1 s and was given up"):
+            encoder.encode([large], lambda: False, deadline_seconds=1.0)
+        assert time.monotonic() - begun < 10
+        assert not stopped.is_running()
+        (image,) = encoder.encode([large], lambda: False)
+        assert image.grid.num_tiles > 1
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_images_are_encoded(vision: Vision) -> None:
+    """Features that nobody asked for would be taken for the next answer."""
+    seen: list[tuple[TileGrid, ...]] = []
+
+    def refuse(grids: tuple[TileGrid, ...]) -> None:
+        seen.append(grids)
+        raise CacheFull("too long")
+
+    files = [vision.wide.read_bytes(), vision.small.read_bytes()]
+    with closing(ImageEncoder(vision.folder)) as encoder:
+        with pytest.raises(CacheFull, match="too long"):
+            encoder.encode(files, lambda: False, refuse)
+        small, wide = encoder.encode(files[::-1], lambda: False)
+        assert seen == [(wide.grid, small.grid)]
+        # The grids of images that are kept are known without the process.
+        with pytest.raises(CacheFull, match="too long"):
+            encoder.encode(files, lambda: False, refuse)
+        assert seen[1] == seen[0]
+    options = SessionOptions(model=str(vision.folder), dtype="float32", num_workers=1, kv_window=19)
+    length = len(vision.ids([user("what", vision.wide)]))
+    with Session(options) as session:
+        with pytest.raises(CacheFull, match=f"needs {length} positions, the KV window has 19"):
+            ask(session, "what", vision.wide)
+        assert ask(session, "what", count=3).prompt_tokens == 5
+
+
+@pytest.mark.gpu
+def test_features_of_a_gpu_equal_those_of_the_cpu(
+    vision: Vision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [vision.small.read_bytes(), vision.wide.read_bytes()]
+    with closing(ImageEncoder(vision.folder)) as on_gpu:
+        found = on_gpu.encode(files, lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with closing(ImageEncoder(vision.folder)) as on_cpu:
+        expected = on_cpu.encode(files, lambda: False)
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = np.abs(ours.features - theirs.features)
+        worst = np.unravel_index(int(difference.argmax()), difference.shape)
+        assert difference.max() <= GPU_TOLERANCE, f"{difference.max()} at {worst}"

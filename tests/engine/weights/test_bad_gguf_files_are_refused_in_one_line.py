@@ -158,7 +158,7 @@ UNSUPPORTED: list[tuple[Callable[[gguf.GGUFWriter], None], str]] = [
         lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
         r"rope.scaling.type = 'longrope' is not supported \(none, linear, yarn\)",
     ),
-    (lambda writer: writer.add_rope_scaling_factor(-8.0), "RoPE factor -8.0 is not a positive"),
+    (lambda writer: writer.add_rope_scaling_factor(-8.0), "RoPE factor -8.0 is not between"),
     (
         lambda writer: writer.add_float32("llama.rope.scaling.yarn_attn_factor", 2.0),
         "rope.scaling.yarn_attn_factor = 2.0 is not supported",
@@ -196,7 +196,7 @@ UNSUPPORTED: list[tuple[Callable[[gguf.GGUFWriter], None], str]] = [
     ),
     (
         lambda writer: writer.add_tensor("rope_freqs.weight", np.zeros(16, np.float32)),
-        "a RoPE factor 0.0 is not a positive number",
+        "a RoPE factor 0.0 is not between",
     ),
     (
         lambda writer: writer.add_tensor("direction.536870912", np.ones(96, np.float32)),

@@ -245,6 +245,20 @@ def test_the_constants_of_gemma_3_are_those_of_its_layers(tmp_path: Path) -> Non
     assert ours.logit_softcap == oracle.config.final_logit_softcapping
 
 
+def test_no_head_width_is_the_width_shared_among_the_heads(
+    tmp_path: Path, originals: dict[str, dict[str, Any]]
+) -> None:
+    """Null became the default of 128. transformers' check of types refuses null today, so that its
+    rule for it is asked directly."""
+    values = originals["llama4"] | {"head_dim": None, "hidden_size": 60}
+    theirs = transformers.Llama4TextConfig(hidden_size=60, num_attention_heads=6)
+    assert theirs.head_dim == 128
+    object.__setattr__(theirs, "head_dim", None)
+    theirs.__post_init__()
+    ours = config_from_huggingface(write(tmp_path / "model", values))
+    assert ours.head_width == theirs.head_dim
+
+
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_both_names_of_the_number_of_experts_are_read(
     tmp_path: Path, originals: dict[str, dict[str, Any]], form: str

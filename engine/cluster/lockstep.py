@@ -9,6 +9,7 @@ T new tokens, M model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from engine.kernels.torch_kernels import Batch
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import CacheDtype
 from engine.model.shard import ModelShard
-from engine.model.view import LONGEST_STEP
+from engine.model.view import DEFAULT_WINDOW, LONGEST_STEP
 from engine.model.weight_store import WeightStore, fetch_weights
 from engine.plan.plan import Plan, PlanShape
 from engine.weights.checkpoint import Checkpoint
@@ -39,7 +40,7 @@ class Lockstep:
         checkpoint: Checkpoint,
         plan: Plan,
         dtype: ComputeDtype = "float32",
-        window: int = 256,
+        window: int | None = None,
         kv_dtype: CacheDtype = "float32",
         devices: Sequence[torch.device] | None = None,
     ) -> None:
@@ -47,12 +48,24 @@ class Lockstep:
 
         Args:
             checkpoint: open, for as long as this is used.
-            window: positions that attention can reach back.
+            dtype: what the weights compute in: "float32", "bfloat16" or "int8".
+            window: positions that attention can reach back; None takes the model's context, at
+                most 8,192. Longer texts slide.
+            kv_dtype: what keys and values are kept in: "float32", "bfloat16" or "float16".
             devices: one for each column of the plan; the CPU for all if None.
         Raises:
             PlanError: the plan is of another model.
-            ConfigError: a wrong number of devices.
+            ConfigError: a wrong number of devices, an unknown dtype, or a window below 1.
         """
+        if dtype not in get_args(ComputeDtype) or kv_dtype not in get_args(CacheDtype):
+            raise ConfigError(
+                f"dtype {dtype!r} with kv_dtype {kv_dtype!r}; choose from "
+                f"{', '.join(get_args(ComputeDtype))} and {', '.join(get_args(CacheDtype))}"
+            )
+        if window is None:
+            window = min(checkpoint.config.max_positions, DEFAULT_WINDOW)
+        if window < 1:
+            raise ConfigError(f"window {window} is below 1 position; give at least 1")
         if plan.shape != PlanShape.from_config(checkpoint.config):
             raise PlanError(
                 f"the plan does not fit {checkpoint.path}: it was made for a model of other sizes. "
@@ -87,6 +100,8 @@ class Lockstep:
 
         Raises: as `step`.
         """
+        if not ids:
+            raise PromptError("no token ids were given; name at least one")
         starts = range(0, len(ids), LONGEST_STEP)
         pieces = [(slot, first_position + n, ids[n : n + LONGEST_STEP]) for n in starts]
         return np.concatenate([self.step([piece], kind)[0] for piece in pieces])
@@ -97,13 +112,19 @@ class Lockstep:
         """Logits of several slots' next tokens in one ragged step.
 
         Args:
-            pieces: slot (>= 0), first position, ids; a slot begins to exist with position 0.
+            pieces: slot (>= 0), first position, ids; position 0 begins a slot anew.
         Returns: float32 [T, V] for each piece.
         Raises:
             ProtocolError: tokens do not follow those already in their slot.
-            PromptError: an id outside the vocabulary.
+            PromptError: an id outside the vocabulary, or a slot below 0.
         """
         plan = self.plan
+        for slot, first, _ in pieces:
+            if slot < 0:
+                raise PromptError(f"slot {slot} is below 0; those are the layers' own. Choose 0")
+            if first == 0:
+                for shard in self.shards.values():
+                    shard.cache.free(slot)
         with torch.inference_mode():
             all_ids = [id for _, _, ids in pieces for id in ids]
             x = torch.as_tensor(self.checkpoint.embed(all_ids).copy())

@@ -11,10 +11,10 @@ from engine.errors import ConfigError
 from engine.host.messages import CacheDtypeChoice
 from engine.model.batch import ComputeDtype
 from engine.model.config import CacheDtype
+from engine.model.view import DEFAULT_WINDOW
 
 WINDOW_VARIABLE = "OPEN_CLUSTER_KV_WINDOW"
 DTYPE_VARIABLE = "OPEN_CLUSTER_KV_CACHE_DTYPE"
-DEFAULT_WINDOW = 8192
 MAX_WINDOW = 1 << 24
 _NAMES: dict[str, CacheDtype] = {
     "fp32": "float32",
@@ -45,7 +45,9 @@ def choose_window(option: int | None, environment: Mapping[str, str], max_positi
 
 def _checked_window(value: int, name: str, shown: str) -> int:
     if not 1 <= value <= MAX_WINDOW:
-        raise ConfigError(f"{name} {shown[:40]} is not between 1 and {MAX_WINDOW:,} positions")
+        raise ConfigError(
+            f"{name} {shown[:40]} is not between 1 and {MAX_WINDOW:,} positions. Choose such a number"
+        )
     return value
 
 

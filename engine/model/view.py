@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from engine.model.config import CacheDtype, Layer, ModelConfig
 
+# Positions a conversation remembers where nobody says otherwise; fewer where a model has fewer.
+DEFAULT_WINDOW = 8192
 FIRST_CAPACITY = 256
 # Tokens of one slot in one step: what a ring holds beyond its view, so that a step's first query
 # still sees all of it. The same room lets a slot be cut back.

@@ -254,7 +254,7 @@ class llama_cluster_transformer:  # noqa: N801 - the documented name
         logit_bias: Mapping[int, float] | None = None,
         seed: int = 0,
         stop_ids: Iterable[int] = (),
-        stop_words: Iterable[str] = (),
+        stop_words: str | Iterable[str] = (),
         stop_sequences: Iterable[Sequence[int]] = (),
         min_gen_len: int = 0,
         on_token: Callable[[int, int, str], None] | None = None,
@@ -268,7 +268,7 @@ class llama_cluster_transformer:  # noqa: N801 - the documented name
             temperature: 0 takes the likeliest token.
             repetition_penalty: above 1, a repeated token never becomes more likely.
             seed: the same call with the same seed gives the same texts.
-            stop_words: texts that end an answer and are not part of it.
+            stop_words: one text or several that end an answer and are not part of it.
             stop_sequences: runs of ids that end an answer.
             on_token: hears batch index, token id, and the text that became certain with it.
             chat: whether each prompt is a question for the model's chat template.
@@ -295,7 +295,7 @@ class llama_cluster_transformer:  # noqa: N801 - the documented name
             sampling=sampling,
             on_token=on_token,
             max_tokens=max_gen_len,
-            stop=tuple(stop_words),
+            stop=(stop_words,) if isinstance(stop_words, str) else tuple(stop_words),
             stop_ids=tuple(stop_ids),
             stop_sequences=tuple(tuple(run) for run in stop_sequences),
             min_tokens=min_gen_len,

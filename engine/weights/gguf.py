@@ -159,7 +159,8 @@ class GgufFile:
         magic = self._file.bytes[:4]
         if magic != MAGIC:
             raise self._fail(
-                f"not a GGUF file (starts with {magic.hex(' ')}, expected {MAGIC.hex(' ')})"
+                f"not a GGUF file (starts with {magic.hex(' ')}, expected {MAGIC.hex(' ')}); give "
+                "a .gguf file, or a model's folder"
             )
         cursor.take(4, "the magic number")
         version = cursor.count("the version", "<I")
@@ -179,7 +180,8 @@ class GgufFile:
             most = min(room // smallest, limit)
             if count > most:
                 raise self._fail(
-                    f"header announces {count} {what}, file has room for at most {most}"
+                    f"header announces {count} {what}, file has room for at most {most}; it is cut "
+                    "short or damaged, fetch it again"
                 )
         return num_tensors, num_keys
 

@@ -120,6 +120,33 @@ def test_slots_are_apart_and_clear_frees_their_memory(tiny: Tiny) -> None:
     assert np.abs(again - one).max() <= TOLERANCE * np.abs(tiny.logits).max()
 
 
+def test_position_0_begins_anew(tiny: Tiny) -> None:
+    lockstep = Lockstep(tiny.checkpoint, tiny.plan("uneven"))
+    first = lockstep.logits(IDS)
+    assert np.array_equal(lockstep.logits(IDS), first)
+
+
+def test_a_window_nobody_chose_hides_nothing_of_the_trained_context(tiny: Tiny) -> None:
+    """It was 256 positions, past which logits were silently those of a shorter text."""
+    ids = np.random.default_rng(1).integers(3, 89, tiny.checkpoint.config.max_positions).tolist()
+    lockstep = Lockstep(tiny.checkpoint, tiny.plan("single"))
+    wide = Lockstep(tiny.checkpoint, tiny.plan("single"), window=4096)
+    assert np.array_equal(lockstep.logits(ids), wide.logits(ids))
+    assert lockstep.shards[0].cache.window == len(ids)
+
+
+def test_settings_that_mean_nothing_are_refused(tiny: Tiny) -> None:
+    plan = tiny.plan("single")
+    for settings in ({"dtype": "float8"}, {"kv_dtype": "fp16"}, {"window": 0}):
+        with pytest.raises(ConfigError) as caught:
+            Lockstep(tiny.checkpoint, plan, **settings)
+        assert "\n" not in str(caught.value)
+    lockstep = Lockstep(tiny.checkpoint, plan)
+    for slot, ids in ((-1, [5]), (0, [])):
+        with pytest.raises(PromptError):
+            lockstep.logits(ids, slot=slot)
+
+
 def test_what_cannot_be_run_is_refused_in_one_line(tiny: Tiny) -> None:
     lockstep = Lockstep(tiny.checkpoint, tiny.plan("uneven"))
     other = PlanShape(num_layers=2, num_heads=6, num_kv_heads=2, mlp_width=75, vocab_size=99)

@@ -80,8 +80,8 @@ def test_dynamic_scaling_past_the_trained_context_decodes_like_transformers(tmp_
     expected = torch.cat(rows).numpy()
     with open_checkpoint(tmp_path) as checkpoint:
         plan = single(PlanShape.from_config(checkpoint.config), "this/cpu")
-        whole = OneProcess(checkpoint, plan).logits(IDS)
-        pieces = OneProcess(checkpoint, plan)
+        whole = OneProcess(checkpoint, plan, window=256).logits(IDS)
+        pieces = OneProcess(checkpoint, plan, window=256)
         cut = np.concatenate([pieces.logits(IDS[:31]), pieces.logits(IDS[31:], 31)])
     assert_close(whole, expected)
     assert_close(cut, expected)

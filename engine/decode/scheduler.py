@@ -330,6 +330,8 @@ class Scheduler:
                 sequence.is_broken = True
             return
         except StepFailed as failed:
+            # It may not have been sent. To free or cut a slot twice does no harm.
+            self._operations = list(step.operations)
             for sequence, _ in batch:
                 self._fail(sequence, failed.error)
             return

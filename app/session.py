@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
 from PySide6.QtCore import QObject, Signal
 
 from app.stages import Stage, StartOptions, Trouble
@@ -422,6 +423,6 @@ def without_idle_devices(plan: Plan) -> Plan:
     cells = tuple(tuple(row[index] for index in used) for row in plan.cells)
     devices = tuple(plan.devices[index] for index in used)
     try:
-        return Plan(plan.shape, devices, cells, plan.wire).validate()
+        return msgspec.structs.replace(plan, devices=devices, cells=cells).validate()
     except PlanError:
         return plan

@@ -32,7 +32,7 @@ from engine.cluster.processes import (
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.errors import EngineError, WorkerLost
-from workers.telemetry import Meter, list_devices
+from workers.telemetry import Meter, list_devices, machine_id
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ class Worker:
         return m.NodeDescription(
             name=self.name,
             host_name=socket.gethostname(),
+            machine=machine_id(),
             system=f"{platform.system()} {platform.release()}",
             version=metadata.version("shardmix"),
             pid=os.getpid(),

@@ -6,9 +6,12 @@ In: process ids to watch. Out: messages for the engine host. It measures; it doe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
+import socket
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def machine_id() -> str:
+    """A name of this computer that all its workers share and no other computer has."""
+    own = f"{uuid.getnode():012x}"
+    for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            own = Path(place).read_text(encoding="ascii").strip() or own
+            break
+    # The number itself is confidential: it identifies the computer to anyone.
+    return hashlib.sha256(f"shardmix {own} {socket.gethostname()}".encode()).hexdigest()[:16]
 
 
 def cpu_label() -> str:

@@ -6,6 +6,7 @@ In: what a person does, and the session's model, nodes and plan. Out: signals fo
 
 from __future__ import annotations
 
+import msgspec
 from PySide6.QtCore import QObject, Signal
 from PySide6.QtGui import QUndoStack
 
@@ -236,13 +237,12 @@ class SplitPresenter(QObject):
     def use_even(self) -> None:
         """Cut every row evenly."""
         if self.draft is not None:
-            self._change(even(self.draft.shape, self._present(), self.draft.wire), "split evenly")
+            self._use(even(self.draft.shape, self._present()), "split evenly")
 
     def use_pipeline(self) -> None:
         """Whole layers on each device, in runs."""
         if self.draft is not None:
-            plan = pipeline(self.draft.shape, self._present(), wire=self.draft.wire)
-            self._change(plan, "whole layers per device")
+            self._use(pipeline(self.draft.shape, self._present()), "whole layers per device")
 
     def use_home(self) -> None:
         """Everything on this computer."""
@@ -250,8 +250,8 @@ class SplitPresenter(QObject):
             return
         home = [device for device in self.draft.devices if device.startswith("this/")]
         if home:
-            plan = single(self.draft.shape, home[0], self.draft.devices, self.draft.wire)
-            self._change(plan, "only this computer")
+            plan = single(self.draft.shape, home[0], self.draft.devices)
+            self._use(plan, "only this computer")
 
     def use_text(self, text: str) -> None:
         """Take a plan file as the draft.
@@ -296,6 +296,17 @@ class SplitPresenter(QObject):
         columns = sorted(names, key=self._session.device_index)
         plan = same_columns(without_idle_devices(plan), columns)
         self._push(DraftState(plan, self._left_out), text, asked)
+
+    def _use(self, shares: Plan, text: str) -> None:
+        """Take the shares of a fresh plan; how devices talk stays as it was."""
+        assert self.draft is not None, "there is a draft to change"
+        plan = msgspec.structs.replace(
+            shares,
+            wire=self.draft.wire,
+            prompt_wire=self.draft.prompt_wire,
+            transport=self.draft.transport,
+        )
+        self._change(plan, text)
 
     def _push(self, state: DraftState, text: str, asked: tuple[str, float] | None = None) -> None:
         assert self.draft is not None, "there is a draft to change"

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from engine.errors import PeerRefused, PromptError, ProtocolError
 from engine.model.batch import ComputeDtype, Segment, StepKind
 from engine.model.config import CacheDtype, ModelConfig
-from engine.plan.plan import Plan
+from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 MAX_RANK = 8
@@ -78,18 +78,72 @@ class DeviceInfo(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """First word of the engine host; the worker answers with NodeDescription."""
+    """First word of the engine host, then a sign of life that keeps its lease.
+
+    The worker answers the first with NodeDescription, or with Busy.
+
+    Attributes:
+        host_name: what a second engine host is told about who has the worker.
+        telemetry_hz: how often this host wants to hear Telemetry.
+    """
+
+    host_name: str
+    telemetry_hz: float = 1.0
 
 
 class NodeDescription(Message, frozen=True):
-    """Who a worker is and what it can compute on."""
+    """Who a worker is and what it can compute on.
+
+    Attributes:
+        machine: the same for all workers of one computer, which share its cores and memory.
+        trusted_network: whether its owner allows exchanges that are not encrypted.
+    """
 
     name: str
     host_name: str
+    machine: str
     system: str
     version: str
     pid: int
     devices: tuple[DeviceInfo, ...]
+    trusted_network: bool = False
+
+
+class Busy(Message, frozen=True):
+    """Another engine host has this worker; `holder` is what it calls itself."""
+
+    holder: str
+
+
+class Enroll(Message, frozen=True):
+    """Said with the key of a join token: let `public_key` in from now on. The token is used up."""
+
+    public_key: bytes
+    host_name: str
+
+
+class Enrolled(Message, frozen=True):
+    """The key of Enroll is on the allow list."""
+
+
+class DeviceSpeed(Message, frozen=True):
+    """What a device reached when it measured itself.
+
+    Attributes:
+        flops: float32 operations per second in a large matrix product.
+        memory_bytes_per_second: read bandwidth of its memory.
+    """
+
+    device: str
+    flops: float
+    memory_bytes_per_second: float
+
+
+class SpeedReport(Message, frozen=True):
+    """Sent once a worker has measured itself; `disk_bytes_per_second` of its cache folder."""
+
+    devices: tuple[DeviceSpeed, ...]
+    disk_bytes_per_second: float | None = None
 
 
 class StartRunner(Message, frozen=True):
@@ -97,10 +151,12 @@ class StartRunner(Message, frozen=True):
 
     Attributes:
         listen_address: where the runner's exchange socket listens; "" leaves it to the worker.
+        transport: of the plan; "torch" is refused where the network is not trusted.
     """
 
     device: str
     listen_address: str
+    transport: Transport = "zmq"
 
 
 class RunnerStarted(Message, frozen=True):
@@ -136,6 +192,17 @@ class ProcessUsage(Message, frozen=True):
     memory_bytes: int
 
 
+class GpuUsage(Message, frozen=True):
+    """What a GPU is doing; None where its driver does not say."""
+
+    device: str
+    percent: float | None
+    memory_used_bytes: int
+    memory_total_bytes: int
+    temperature_c: float | None
+    power_w: float | None
+
+
 class Telemetry(Message, frozen=True):
     """What a node is doing right now; rates are over the time since the last one."""
 
@@ -145,6 +212,9 @@ class Telemetry(Message, frozen=True):
     network_in_bytes_per_second: float
     network_out_bytes_per_second: float
     processes: tuple[ProcessUsage, ...]
+    cpu_temperature_c: float | None = None
+    cpu_power_w: float | None = None
+    gpus: tuple[GpuUsage, ...] = ()
 
 
 class Shutdown(Message, frozen=True):
@@ -162,8 +232,26 @@ class Peer(Message, frozen=True):
     public_key: bytes
 
 
+class LocalFile(Message, frozen=True):
+    """A file of the engine host's checkpoint, in case the runner's computer has the same one.
+
+    Attributes:
+        is_same_computer: whether path and stamp prove it; else only content hashes do.
+    """
+
+    path: str
+    num_bytes: int
+    modified_ns: int
+    is_same_computer: bool
+
+
 class Load(Message, frozen=True):
-    """Take a share of a plan: fetch its weights, connect to its peers, answer Loaded."""
+    """Take a share of a plan: fetch its weights, answer Loaded.
+
+    Attributes:
+        files: of the checkpoint, in its order.
+        rendezvous: where the devices of a plan with transport "torch" meet, "ADDRESS:PORT".
+    """
 
     epoch: int
     config: ModelConfig
@@ -176,6 +264,26 @@ class Load(Message, frozen=True):
     checkpoint_id: str
     tensors: tuple[TensorInfo, ...]
     peers: tuple[Peer, ...]
+    files: tuple[LocalFile, ...] = ()
+    rendezvous: str = ""
+
+
+class HashesRequest(Message, frozen=True):
+    """A runner asks for the content hashes of a tensor, one per `unit` elements along `axis`."""
+
+    epoch: int
+    name: str
+    axis: int
+    unit: int
+
+
+class SliceHashes(Message, frozen=True):
+    """Answer to HashesRequest; one uint8 [units, 32] frame of SHA-256 sums of file bytes."""
+
+    epoch: int
+    name: str
+    axis: int
+    unit: int
 
 
 class WeightRequest(Message, frozen=True):
@@ -199,7 +307,7 @@ class WeightSlice(Message, frozen=True):
 
 
 class LoadProgress(Message, frozen=True):
-    """Bytes of weights received so far, in file format."""
+    """Bytes of weights at hand so far, in file format, wherever they came from."""
 
     epoch: int
     done_bytes: int
@@ -207,10 +315,40 @@ class LoadProgress(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """The share is ready to compute."""
+    """The share is ready to compute.
+
+    Attributes:
+        weight_bytes: memory of the packed weights.
+        received_bytes: of weights that came from the engine host in this load, in file format.
+        cached_bytes, local_bytes: that came from the node's cache, or from its copy of the model.
+    """
 
     epoch: int
     weight_bytes: int
+    received_bytes: int = 0
+    cached_bytes: int = 0
+    local_bytes: int = 0
+
+
+class Connect(Message, frozen=True):
+    """Everyone has loaded: connect to your peers, measure the links, answer Connected."""
+
+    epoch: int
+
+
+class LinkFigures(Message, frozen=True):
+    """A link to another device of the plan, as this one measured it."""
+
+    device_index: int
+    round_trip_seconds: float
+    bytes_per_second: float
+
+
+class Connected(Message, frozen=True):
+    """All peers answer; `links` has one entry for each."""
+
+    epoch: int
+    links: tuple[LinkFigures, ...]
 
 
 class SlotOperation(Message, frozen=True):
@@ -257,6 +395,23 @@ class Step(Message, frozen=True):
     logits: LogitsWanted
 
 
+class StepProgress(Message, frozen=True):
+    """A long step goes on: its device has come to plan row `row`."""
+
+    epoch: int
+    step_id: int
+    row: int
+
+
+class LinkTraffic(Message, frozen=True):
+    """What went over one link in a step, and how long this device waited for the other end."""
+
+    device_index: int
+    sent_bytes: int
+    received_bytes: int
+    wait_ns: int
+
+
 class StepAnswer(Message, frozen=True):
     """What one device did in a step.
 
@@ -276,6 +431,7 @@ class StepAnswer(Message, frozen=True):
     sent_bytes: int
     received_bytes: int
     cache_bytes: int
+    links: tuple[LinkTraffic, ...] = ()
 
 
 class FetchLogits(Message, frozen=True):
@@ -303,12 +459,14 @@ class Failed(Message, frozen=True):
 
     Attributes:
         step_id: of the step that failed; 0 where it was no step.
+        peer_index: the device that cannot be reached any more, where that is the reason.
     """
 
     epoch: int
     error: str
     message: str
     step_id: int = 0
+    peer_index: int | None = None
 
 
 # ---- runner -> runner ------------------------------------------------------------------------
@@ -329,10 +487,39 @@ class HandOver(Message, frozen=True):
     has_residual: bool
 
 
-WORKER_ACCEPTS = Hello | StartRunner | StopRunner | Shutdown
-WORKER_SENDS = NodeDescription | RunnerStarted | RunnerExited | Telemetry | Failed
-RUNNER_ACCEPTS = Load | WeightSlice | Step | FetchLogits | Abort | AbortStep | Failed | Shutdown
-RUNNER_SENDS = WeightRequest | LoadProgress | Loaded | StepAnswer | Failed
+WORKER_ACCEPTS = Hello | Enroll | StartRunner | StopRunner | Shutdown
+WORKER_SENDS = (
+    NodeDescription
+    | Busy
+    | Enrolled
+    | SpeedReport
+    | RunnerStarted
+    | RunnerExited
+    | Telemetry
+    | Failed
+)
+RUNNER_ACCEPTS = (
+    Load
+    | SliceHashes
+    | WeightSlice
+    | Connect
+    | Step
+    | FetchLogits
+    | Abort
+    | AbortStep
+    | Failed
+    | Shutdown
+)
+RUNNER_SENDS = (
+    HashesRequest
+    | WeightRequest
+    | LoadProgress
+    | Loaded
+    | Connected
+    | StepProgress
+    | StepAnswer
+    | Failed
+)
 
 M = TypeVar("M")
 

@@ -10,10 +10,8 @@ import collections
 import contextlib
 import logging
 import threading
-import time
 from typing import Any
 
-import numpy as np
 import torch
 import zmq
 
@@ -21,7 +19,7 @@ from engine.cluster import messages as m
 from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
-from engine.cluster.short_logits import check_wanted, short_form
+from engine.cluster.stepping import Stepping, to_tensor
 from engine.cluster.transport import Channel, connect, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
@@ -29,8 +27,6 @@ from engine.model.shard import ModelShard
 from engine.model.share_keys import WeightKey
 
 logger = logging.getLogger(__name__)
-
-MAX_STEP_TOKENS = 1 << 16
 
 
 class _AbortedError(Exception):
@@ -81,14 +77,13 @@ class Runner:
         self._should_end = should_end
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
-        self._exchange: Exchange | None = None
+        self._stepping: Stepping | None = None
         self._packed: dict[WeightKey, Matrix | torch.Tensor] = {}
         self._packed_for: tuple[str, str] = ("", "")
         self._epoch = 0
         self._aborted_epoch = 0
         self._step_id = 0
         self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
-        self._last_logits: torch.Tensor | None = None
 
     def run(self) -> None:
         """Serve until asked to end."""
@@ -119,8 +114,7 @@ class Runner:
 
     def close(self) -> None:
         """Release sockets."""
-        if self._exchange is not None:
-            self._exchange.close()
+        self._disconnect()
         self._control.close()
         self._inbox.close()
         self._gatekeeper.close()
@@ -204,10 +198,8 @@ class Runner:
         self._epoch = load.epoch
         self._shard = self._loaded = None
         self._gatekeeper.allow("exchange", *(peer.public_key for peer in load.peers))
-        self._last_answer = self._last_logits = None
-        if self._exchange is not None:
-            self._exchange.close()
-            self._exchange = None
+        self._last_answer = None
+        self._disconnect()
         shard = ModelShard(
             load.config,
             load.plan,
@@ -249,26 +241,28 @@ class Runner:
         self._shard, self._loaded = shard, load
         self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
 
-    def _connected(self, load: m.Load, shard: ModelShard) -> Exchange:
-        """The exchange of this epoch.
+    def _connected(self, load: m.Load, shard: ModelShard) -> Stepping:
+        """What computes this epoch's steps, with its exchange.
 
         Connections are made at the first step: by then every peer has the allow list of this
         epoch, because the engine host has heard Loaded from all of them. A peer that refuses once
         is not asked again by libzmq.
         """
-        if self._exchange is not None:
-            return self._exchange
+        if self._stepping is not None:
+            return self._stepping
         outboxes: dict[int, Channel[Any]] = {}
         for peer in load.peers:
             socket = connect(
                 self._context, zmq.PUSH, self.keys, peer.public_key, peer.exchange_endpoint
             )
             outboxes[peer.device_index] = Channel(socket, m.HandOver)
+        device = self._torch_device
 
         def add(row: int, x: m.Array, total: m.Array) -> m.Array:
-            return shard.add(row, self._to_device(x), self._to_device(total)).cpu().numpy()
+            parts = [to_tensor(array, device) for array in (x, total)]
+            return shard.add(row, *parts).cpu().numpy()
 
-        self._exchange = Exchange(
+        exchange = Exchange(
             load.epoch,
             load.plan,
             load.device_index,
@@ -278,7 +272,14 @@ class Runner:
             self._wait,
             add,
         )
-        return self._exchange
+        self._stepping = Stepping(shard, exchange, device, self._hear_host)
+        return self._stepping
+
+    def _disconnect(self) -> None:
+        """End the exchange of the epoch before."""
+        if self._stepping is not None:
+            self._stepping.exchange.close()
+            self._stepping = None
 
     # ---- step --------------------------------------------------------------------------------
 
@@ -293,7 +294,8 @@ class Runner:
                 self._send(self._last_answer[1], self._last_answer[2])
                 return
             raise ProtocolError(f"step {step.step_id} is past, the last was {self._last_answer[0]}")
-        exchange = self._connected(loaded, shard)
+        stepping = self._connected(loaded, shard)
+        exchange = stepping.exchange
         self._step_id = step.step_id
         exchange.begin_step(step.step_id)
         for operation in step.operations:
@@ -302,7 +304,7 @@ class Runner:
             else:
                 shard.cache.truncate(operation.slot, operation.length)
         with torch.inference_mode():
-            answer_tensors = self._compute(step, tensors, shard, exchange)
+            answer_tensors = stepping.compute(step, tensors)
         c = exchange.counters
         answer = m.StepAnswer(
             epoch=step.epoch,
@@ -317,117 +319,9 @@ class Runner:
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)
 
-    def _compute(
-        self, step: m.Step, tensors: list[m.Array], shard: ModelShard, exchange: Exchange
-    ) -> list[m.Array]:
-        if not step.segments:
-            return []
-        plan, counters = shard.plan, exchange.counters
-        num_tokens = _check_segments(step, shard)
-        logit_rows = _logit_rows(step.segments)
-        check_wanted(step.logits, len(logit_rows))
-        me = exchange.device_index
-        x: torch.Tensor | None = None
-        if me in plan.group(0):
-            if len(tensors) != 1:
-                raise ProtocolError("a step for the first row needs its input embeddings")
-            m.expect_tensor(
-                tensors[0], "float32", (num_tokens, shard.config.width), "input embeddings"
-            )
-            x = self._to_device(tensors[0])
-        batch = shard.batch(step.kind, step.segments)
-        last_row = plan.shape.head_row - 1
-        rows = num_tokens
-        for row in range(plan.shape.head_row):
-            if step.kind == "prompt":  # A piece of a prompt takes long enough to be given up.
-                self._hear_host()
-            table = exchange.row(row)
-            partial: torch.Tensor | None = None
-            if table.contributes:
-                assert x is not None
-                started = time.perf_counter_ns()
-                partial = shard.part(row, x, batch)
-                if row == last_row:
-                    x, partial = x[logit_rows], partial[logit_rows]
-                if not table.is_local:
-                    # To the exchange's memory; on a GPU this waits until it has computed.
-                    x, partial = x.cpu(), partial.cpu()
-                counters.compute_ns += time.perf_counter_ns() - started
-            if row == last_row:
-                rows = len(logit_rows)
-                if not rows:
-                    return []
-            if table.is_local and table.contributes:
-                assert x is not None
-                assert partial is not None
-                x = shard.add(row, x, partial)
-            elif table.contributes or table.receives:
-                handed = exchange.hand_over(
-                    step.step_id,
-                    row,
-                    None if x is None else x.numpy(),
-                    None if partial is None else partial.numpy(),
-                    rows,
-                )
-                x = None if handed is None else self._to_device(handed)
-        if x is None:
-            return []
-        started = time.perf_counter_ns()
-        self._last_logits = shard.logits(x)
-        answer = self._answer_tensors(step.logits, self._last_logits)
-        counters.compute_ns += time.perf_counter_ns() - started
-        return answer
-
-    def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
-        if wanted.form == "full":
-            return [logits_NV.float().cpu().numpy()]
-        assert self._shard is not None
-        plan = self._shard.plan
-        first, _end = plan.unit_range(plan.shape.head_row, self._index)
-        return short_form(logits_NV, wanted, first)
-
     def _fetch_logits(self, message: m.FetchLogits) -> None:
         last = self._last_answer
-        if last is None or last[0] != message.step_id or self._last_logits is None:
+        logits = self._stepping.full_logits() if self._stepping is not None else None
+        if last is None or last[0] != message.step_id or logits is None:
             raise ProtocolError(f"the logits of step {message.step_id} are gone")
-        self._send(last[1], [self._last_logits.float().cpu().numpy()])
-
-    @property
-    def _index(self) -> int:
-        assert self._exchange is not None
-        return self._exchange.device_index
-
-    def _to_device(self, array: m.Array) -> torch.Tensor:
-        # A frame is read-only; torch wants memory of its own.
-        writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
-        return torch.as_tensor(writable).to(self._torch_device)
-
-
-def _check_segments(step: m.Step, shard: ModelShard) -> int:
-    """Tokens of a step, after checking each segment against the rules."""
-    seen: set[int] = set()
-    for segment in step.segments:
-        if segment.slot in seen:
-            raise ProtocolError(f"slot {segment.slot} appears twice in a step")
-        seen.add(segment.slot)
-        if segment.token_count < 1 or segment.first_position < 0:
-            raise ProtocolError(
-                f"slot {segment.slot}: {segment.token_count} tokens at position "
-                f"{segment.first_position}"
-            )
-        if any(not 0 <= offset < segment.token_count for offset in segment.logit_offsets):
-            raise ProtocolError(f"slot {segment.slot}: a logits offset is outside the segment")
-    num_tokens = sum(segment.token_count for segment in step.segments)
-    if num_tokens > MAX_STEP_TOKENS:
-        raise ProtocolError(f"a step of {num_tokens:,} tokens exceeds {MAX_STEP_TOKENS:,}")
-    return num_tokens
-
-
-def _logit_rows(segments: tuple[m.Segment, ...]) -> list[int]:
-    """Rows of a step's batch whose logits are wanted."""
-    rows: list[int] = []
-    start = 0
-    for segment in segments:
-        rows += [start + offset for offset in segment.logit_offsets]
-        start += segment.token_count
-    return rows
+        self._send(last[1], [logits])

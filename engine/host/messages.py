@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from engine.cluster.messages import Message, ProcessUsage
+from engine.cluster.messages import DeviceSpeed, GpuUsage, Message, ProcessUsage
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "int8"]
 CacheDtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length", "cancelled"]
+NodeStateName = Literal[
+    "discovered", "pairing", "starting", "ready", "loading", "busy", "stale", "lost"
+]
 
 
 # ---- calls -----------------------------------------------------------------------------------
@@ -43,10 +46,43 @@ class AddSimulatedNodes(Message, frozen=True):
 
 
 class AddNode(Message, frozen=True):
-    """Connect to a worker on another computer by the join token it printed."""
+    """Connect to a worker on another computer by the join token it printed, and remember it."""
 
     request_id: int
     token: str
+
+
+class AddAddress(Message, frozen=True):
+    """List a worker that discovery does not show, as discovered; pair with it next."""
+
+    request_id: int
+    endpoint: str
+
+
+class PairNode(Message, frozen=True):
+    """Begin pairing with a discovered node, whose worker must be waiting (`shardmix-worker pair`).
+
+    `PairingCode` follows; the call ends when both sides have said that they see the same code, or
+    with PeerRefused.
+    """
+
+    request_id: int
+    name: str
+
+
+class ConfirmPairing(Message, frozen=True):
+    """What the person at this computer says of the code of a node in state "pairing"."""
+
+    request_id: int
+    name: str
+    is_same: bool
+
+
+class ForgetNode(Message, frozen=True):
+    """Remove a node for good, its key included. Refused while it has a share in the plan."""
+
+    request_id: int
+    name: str
 
 
 class ApplyPlan(Message, frozen=True):
@@ -159,6 +195,10 @@ CALLS = (
     OpenModel
     | AddSimulatedNodes
     | AddNode
+    | AddAddress
+    | PairNode
+    | ConfirmPairing
+    | ForgetNode
     | ApplyPlan
     | Generate
     | ComputeLogits
@@ -188,12 +228,12 @@ class Progress(Message, frozen=True):
     """Something that takes its time. `total` 0 means unknown.
 
     Attributes:
-        phase: "fetch" model bytes; "start" runners; "weights" bytes to one device (`subject`);
-            "prefill" prompt tokens.
+        phase: "fetch" model bytes; "start" runners; "weights" bytes of one device (`subject`);
+            "connect" devices to each other; "prefill" prompt tokens.
     """
 
     request_id: int
-    phase: Literal["fetch", "start", "weights", "prefill"]
+    phase: Literal["fetch", "start", "weights", "connect", "prefill"]
     subject: str
     done: int
     total: int
@@ -226,12 +266,66 @@ class DeviceMemory(Message, frozen=True):
     cache_bytes: int
 
 
+class LoadedBytes(Message, frozen=True):
+    """Where the weights of one device came from in the last load, in file format.
+
+    Attributes:
+        received: sent by the engine host.
+        cached: from the node's cache on disk.
+        local: from the node's own copy of the model.
+    """
+
+    device: str
+    received: int
+    cached: int
+    local: int
+
+
+class Link(Message, frozen=True):
+    """Between two devices of the plan, as measured when it was put in force or used since."""
+
+    from_device: str
+    to_device: str
+    round_trip_seconds: float
+    bytes_per_second: float
+
+
 class PlanApplied(Message, frozen=True):
-    """A plan is in force."""
+    """A plan is in force.
+
+    Attributes:
+        note: why it is another than was asked for; "" where it is not.
+    """
 
     epoch: int
     plan: Plan
     memory: tuple[DeviceMemory, ...] = ()
+    loaded: tuple[LoadedBytes, ...] = ()
+    links: tuple[Link, ...] = ()
+    note: str = ""
+
+
+class PlanInterrupted(Message, frozen=True):
+    """A device of the plan was lost; answers wait while another plan is put in force.
+
+    `PlanApplied` or `PlanLost` follows. `message` names the device, its layers and the cause.
+    """
+
+    message: str
+
+
+class LinksChanged(Message, frozen=True):
+    """Links of the plan in force, refreshed from what went over them."""
+
+    links: tuple[Link, ...]
+
+
+class PairingCode(Message, frozen=True):
+    """The six digits that both computers must show."""
+
+    request_id: int
+    name: str
+    code: str
 
 
 class TokensGenerated(Message, frozen=True):
@@ -316,11 +410,23 @@ class NodeDevice(Message, frozen=True):
 
 
 class NodeState(Message, frozen=True):
-    """A node as the window lists it; figures are None until the worker has measured them."""
+    """A node as the window lists it; figures are None until the worker has measured them.
+
+    Attributes:
+        name: what its devices are called by in plans; unique here.
+        state: "discovered": seen on the network or added by address, not trusted. "pairing": codes
+            are being compared. "starting": on its way. "ready", "loading", "busy": in use by this
+            host. "stale": no word for a few seconds. "lost": gone, refused, or another's.
+        since_s: when it came into this state, seconds since the epoch.
+        reason: of the state, for a person; "" where there is nothing to say.
+        key: its permanent public key, which is its identity; "" for workers of this computer.
+        code: the six digits to compare, while pairing.
+        round_trip_seconds, bytes_per_second: of the link between this host and its worker.
+    """
 
     name: str
     kind: Literal["this", "simulated", "remote"]
-    state: Literal["starting", "ready", "loading", "busy", "lost"]
+    state: NodeStateName
     reason: str
     host_name: str
     version: str
@@ -331,6 +437,16 @@ class NodeState(Message, frozen=True):
     memory_total_bytes: int | None = None
     network_in_bytes_per_second: float | None = None
     network_out_bytes_per_second: float | None = None
+    since_s: float = 0.0
+    key: str = ""
+    endpoint: str = ""
+    code: str = ""
+    round_trip_seconds: float | None = None
+    bytes_per_second: float | None = None
+    cpu_temperature_c: float | None = None
+    cpu_power_w: float | None = None
+    gpus: tuple[GpuUsage, ...] = ()
+    speeds: tuple[DeviceSpeed, ...] = ()
 
 
 class NodesChanged(Message, frozen=True):
@@ -366,6 +482,9 @@ EVENTS = (
     | Progress
     | ModelOpened
     | PlanApplied
+    | PlanInterrupted
+    | LinksChanged
+    | PairingCode
     | TokensGenerated
     | Finished
     | LogitsRows

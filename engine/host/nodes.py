@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -97,6 +98,7 @@ class Nodes:
         self._call_soon = call_soon
         self._on_change = on_change
         self._on_runner_lost = on_runner_lost
+        self._host_name = socket.gethostname()
         self._nodes: dict[str, Node] = {}
         self._hello_at = 0.0
         self._is_closing = False
@@ -171,10 +173,10 @@ class Nodes:
     def _connect(self, node: Node, server_key: bytes, endpoint: str) -> None:
         if self._is_closing:
             return
-        socket = connect(self._context, zmq.DEALER, node.keys, server_key, endpoint)
-        node.channel = Channel(socket, m.WORKER_SENDS)
+        dealer = connect(self._context, zmq.DEALER, node.keys, server_key, endpoint)
+        node.channel = Channel(dealer, m.WORKER_SENDS)
         node.heard_at = time.monotonic()
-        self._tell(node, m.Hello())
+        self._tell(node, m.Hello(host_name=self._host_name))
         self._on_change()
 
     def _tell(self, node: Node, message: m.Message) -> None:
@@ -220,7 +222,7 @@ class Nodes:
             self._hello_at = now
             for node in self._nodes.values():
                 if node.kind == "remote" and node.state != "lost":
-                    self._tell(node, m.Hello())
+                    self._tell(node, m.Hello(host_name=self._host_name))
         return changed
 
     def _take(self, node: Node, message: m.Message) -> None:

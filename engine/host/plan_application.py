@@ -257,7 +257,7 @@ class PlanApplication:
         node = self._nodes.node_of(device)
         assert node is not None
         assert node.description is not None
-        return node.description.host_name, device.endswith("/cpu")
+        return node.description.machine, device.endswith("/cpu")
 
 
 def _address_towards(channel: Channel[Any]) -> str:

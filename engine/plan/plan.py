@@ -23,6 +23,8 @@ RowKind = Literal["attention", "mlp", "head"]
 WireFormat = Literal["float32", "bfloat16", "float16"]
 
 WIRE_FORMATS: tuple[WireFormat, ...] = get_args(WireFormat)
+Transport = Literal["zmq", "torch"]
+TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 MAX_DEVICES = 256
 MAX_DEVICE_NAME = 128
 _MAX_HEADS = 4096
@@ -175,12 +177,16 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
             and of addition.
         cells: one tuple per plan row, one number of quanta per device.
         wire: dtype of the activations that devices exchange.
+        prompt_wire: the same for tokens of prompts; None is as `wire`.
+        transport: how devices exchange: encrypted sockets, or torch.distributed.
     """
 
     shape: PlanShape
     devices: tuple[str, ...]
     cells: tuple[tuple[int, ...], ...]
     wire: WireFormat = "float32"
+    prompt_wire: WireFormat | None = None
+    transport: Transport = "zmq"
 
     def validate(self) -> Plan:
         """Return self if every row is covered exactly once, else raise.
@@ -190,6 +196,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         self.shape.validate()
         check_devices(self.devices)
         check_wire(self.wire)
+        check_wire(self.wire_of("prompt"))
+        check_transport(self.transport)
         if len(self.cells) != self.shape.num_rows:
             raise PlanError(
                 f"the plan has {len(self.cells):,} rows, a model of {self.shape.num_layers} layers "
@@ -201,6 +209,10 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
             if problem is not None:
                 raise PlanError(f"{self.shape.row_name(row)}: {problem}")
         return self
+
+    def wire_of(self, kind: Literal["prompt", "generated"]) -> WireFormat:
+        """The wire format for tokens of a kind."""
+        return self.prompt_wire or self.wire if kind == "prompt" else self.wire
 
     def group(self, row: int) -> tuple[int, ...]:
         """Indexes of the devices with a share in a row, ascending."""
@@ -300,6 +312,17 @@ def check_wire(wire: object) -> None:
     """
     if wire not in WIRE_FORMATS:
         raise PlanError(f"wire is {shown(wire)}, it must be one of {', '.join(WIRE_FORMATS)}.")
+
+
+def check_transport(transport: object) -> None:
+    """Check a transport.
+
+    Raises: PlanError: it is not one of TRANSPORTS.
+    """
+    if transport not in TRANSPORTS:
+        raise PlanError(
+            f"transport is {shown(transport)}, it must be one of {', '.join(TRANSPORTS)}."
+        )
 
 
 def row_problem(

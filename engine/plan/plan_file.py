@@ -2,6 +2,8 @@
 
     devices = ["this/cpu", "local-1/cpu"]
     wire = "float32"            # optional
+    prompt_wire = "bfloat16"    # optional: for tokens of prompts
+    transport = "zmq"           # optional: or "torch", for networks that are trusted
     head = [192, 0]
     [[layers]]
     range = "0-29"              # inclusive; "7" is one layer
@@ -28,8 +30,10 @@ from engine.errors import PlanError
 from engine.plan.plan import (
     Plan,
     PlanShape,
+    Transport,
     WireFormat,
     check_devices,
+    check_transport,
     check_wire,
     row_problem,
     shown,
@@ -37,7 +41,7 @@ from engine.plan.plan import (
 
 MAX_FILE_BYTES = 4 << 20
 
-_TOP_KEYS = ("devices", "wire", "head", "layers")
+_TOP_KEYS = ("devices", "wire", "prompt_wire", "transport", "head", "layers")
 _LAYER_KEYS = ("range", "attention", "mlp")
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _HEADER = re.compile(r"\s*\[[^\[\]=,]*\]\s*(?:#|$)")
@@ -68,17 +72,31 @@ def plan_from_toml(text: str, shape: PlanShape, *, name: str = "plan file") -> P
         check_devices(device_items)
     except PlanError as error:
         raise PlanError(f"{places.of('devices')}: {error}") from None
-    try:
-        check_wire(wire)
-    except PlanError as error:
-        raise PlanError(f"{places.of('wire')}: {error}") from None
+    prompt_wire = table.get("prompt_wire")
+    transport = table.get("transport", "zmq")
+    for key, value, check in (
+        ("wire", wire, check_wire),
+        ("prompt_wire", wire if prompt_wire is None else prompt_wire, check_wire),
+        ("transport", transport, check_transport),
+    ):
+        try:
+            check(value)
+        except PlanError as error:
+            raise PlanError(f"{places.of(key)}: {error}") from None
     devices = cast("tuple[str, ...]", tuple(device_items))
 
     head_place = f"{places.of('head')}, output head"
     head = _row(table["head"], shape, shape.head_row, devices, head_place)
     layers = _read_layers(table["layers"], shape, devices, places)
     cells = (*(row for pair in layers for row in pair), head)
-    return Plan(shape, devices, cells, cast("WireFormat", wire)).validate()
+    return Plan(
+        shape,
+        devices,
+        cells,
+        cast("WireFormat", wire),
+        cast("WireFormat | None", prompt_wire),
+        cast("Transport", transport),
+    ).validate()
 
 
 def plan_to_toml(plan: Plan) -> str:
@@ -91,6 +109,8 @@ def plan_to_toml(plan: Plan) -> str:
     lines = [
         f"devices = [{', '.join(_quoted(device) for device in plan.devices)}]",
         f'wire = "{plan.wire}"',
+        *([f'prompt_wire = "{plan.prompt_wire}"'] if plan.prompt_wire else []),
+        *([f'transport = "{plan.transport}"'] if plan.transport != "zmq" else []),
         f"head = {list(plan.cells[shape.head_row])}",
     ]
 

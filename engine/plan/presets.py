@@ -281,7 +281,7 @@ def with_devices(plan: Plan, devices: Sequence[str]) -> Plan:
         counts = [0 if column is None else old_cells[column] for column in columns]
         total = plan.shape.num_quanta(row)
         cells.append(proportional(counts, total) if sum(counts) != total else tuple(counts))
-    return Plan(plan.shape, tuple(devices), tuple(cells), plan.wire).validate()
+    return msgspec.structs.replace(plan, devices=tuple(devices), cells=tuple(cells)).validate()
 
 
 def _moved_fader(

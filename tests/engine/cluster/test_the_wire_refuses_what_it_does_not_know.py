@@ -100,7 +100,7 @@ def test_pickle_is_not_a_message() -> None:
 
 def test_a_message_for_somebody_else_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        CODEC.decode(frames_of(m.Hello()))
+        CODEC.decode(frames_of(m.Hello(host_name="desk")))
 
 
 def test_another_protocol_version_is_refused_by_its_number() -> None:

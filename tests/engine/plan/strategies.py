@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from engine.plan.plan import WIRE_FORMATS, Plan, PlanShape
+from engine.plan.plan import TRANSPORTS, WIRE_FORMATS, Plan, PlanShape
 
 DEVICE_CHARACTERS = st.characters(categories=("L", "N", "P", "S"))
 DEVICES = st.lists(
@@ -62,7 +62,9 @@ def plans(draw: st.DrawFn) -> Plan:
         rows.extend(kinds[kind])
     rows.append(cells(shape.head_row))
     wire = draw(st.sampled_from(WIRE_FORMATS))
-    return Plan(shape, tuple(devices), tuple(rows), wire).validate()
+    prompt_wire = draw(st.sampled_from([None, *WIRE_FORMATS]))
+    transport = draw(st.sampled_from(TRANSPORTS))
+    return Plan(shape, tuple(devices), tuple(rows), wire, prompt_wire, transport).validate()
 
 
 def weight_lists(count: int) -> st.SearchStrategy[list[float]]:

@@ -78,7 +78,7 @@ def refusal(text: str) -> str:
         ('["a", "b"]', '"a"', ["p.toml line 1", "'a' is not a list"]),
         ('devices = ["a", "b"]\n', "", ["p.toml: devices is missing"]),
         ("head = [192, 0]\n", "", ["p.toml: head is missing"]),
-        ("wire =", "wires =", ["p.toml line 2", "'wires'", "devices, wire, head, layers"]),
+        ("wire =", "wires =", ["p.toml line 2", "'wires'", "devices, wire, prompt_wire, transport, head, layers"]),
         ("[[layers]]\nrange = \"0-9\"", "[layers]\nrange = \"0-9\"", ["is not TOML"]),
         ("[[layers]]\nrange = \"0-9\"", "[[layer]]\nrange = \"0-9\"", ["'layer' is not a field"]),
     ],

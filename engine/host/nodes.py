@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import zmq
 
 from engine.cluster import messages as m
-from engine.cluster.coordinator import RunnerAddress
 from engine.cluster.join_token import JoinToken
 from engine.cluster.processes import Address, Child, Greeting
+from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
 from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
@@ -357,6 +357,12 @@ class Nodes:
         if node is None or device not in node.runners:
             return None
         return node.runners[device].address
+
+    def ready_devices(self) -> list[str]:
+        """Devices that could take a share at once, this computer's first."""
+        ready = [node for node in self._nodes.values() if node.state == "ready"]
+        ready.sort(key=lambda node: node.name != THIS_NODE)
+        return [self._own_name(node, device) for node in ready for device in node.devices()]
 
     def names(self) -> list[str]:
         """All nodes, in order of joining."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.cluster.transport import Channel, listen
 from engine.plan.plan import Plan, PlanShape
 
 T = TypeVar("T")
+Add = Callable[[int, m.Array, m.Array], m.Array]
 WIDTH = 96
 EPOCH = 3
 
@@ -49,9 +51,10 @@ def plan_of_groups(
 class Member:
     """One device; whoever makes it also closes it."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: Plan, index: int, width: int = WIDTH, add: Add | None = None) -> None:
         """Listen."""
         self.plan, self.index = plan, index
+        self._width, self._add = width, add or add_doubled
         self.context: zmq.Context[Any] = zmq.Context()
         self._gatekeeper = Gatekeeper(self.context)
         self._keys = new_key_pair()
@@ -79,7 +82,7 @@ class Member:
         for monitor in self.links.monitors:
             self._poller.register(monitor, zmq.POLLIN)
         self.exchange = Exchange(
-            EPOCH, self.plan, self.index, WIDTH, self.links, self.wait, add_doubled
+            EPOCH, self.plan, self.index, self._width, self.links, self.wait, self._add
         )
 
     def wait(self, seconds: float) -> None:
@@ -105,9 +108,19 @@ def add_doubled(row: int, x: NDArray[Any], total: NDArray[Any]) -> NDArray[Any]:
 class Members:
     """All devices of a plan, each in a thread."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Connect everyone with everyone."""
-        self.members = [Member(plan, index) for index in range(len(plan.devices))]
+    def __init__(
+        self,
+        plan: Plan,
+        width: int = WIDTH,
+        add_of: Callable[[int, int, m.Array, m.Array], m.Array] | None = None,
+    ) -> None:
+        """Connect everyone with everyone.
+
+        Args:
+            add_of: by device, row, stream and sum; `add_doubled` for all if None.
+        """
+        adds = [None if add_of is None else partial(add_of, n) for n in range(len(plan.devices))]
+        self.members = [Member(plan, n, width, add) for n, add in enumerate(adds)]
         self._threads = ThreadPoolExecutor(len(self.members))
         peers = [member.peer for member in self.members]
         for member in self.members:
@@ -119,6 +132,10 @@ class Members:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End threads and sockets."""
         self._threads.shutdown()
         for member in self.members:
             member.close()

@@ -51,13 +51,18 @@ class WeightSource(Protocol):
 
 
 class RunnerAddress(msgspec.Struct, frozen=True):
-    """Where a runner listens, its key, and the key pair it expects the engine host to have."""
+    """Where a runner listens, its key, and the key pair it expects the engine host to have.
+
+    Attributes:
+        rendezvous: of a runner for transport "torch".
+    """
 
     device: str
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
     host_keys: KeyPair
+    rendezvous: str = ""
 
 
 class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -220,6 +225,7 @@ class Coordinator:
                 checkpoint_id=request.checkpoint_id,
                 tensors=request.tensors,
                 peers=peers,
+                rendezvous=addresses[used[0]].rendezvous,
             )
             self._send(device, load)
         loaded: dict[str, int] = {}

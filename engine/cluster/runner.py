@@ -20,6 +20,7 @@ from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.stepping import Stepping, to_tensor
+from engine.cluster.torch_group import Rendezvous
 from engine.cluster.transport import Channel, connect, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
@@ -43,6 +44,7 @@ class Runner:
         control_endpoint: str,
         exchange_endpoint: str,
         should_end: threading.Event,
+        rendezvous_endpoint: str | None = None,
     ) -> None:
         """Listen.
 
@@ -51,6 +53,7 @@ class Runner:
             host_key: public key of the engine host.
             exchange_endpoint: where peers of the plan connect.
             should_end: set by whoever wants the loop to end.
+            rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -67,6 +70,7 @@ class Runner:
         inbox, self.exchange_endpoint = listen(
             self._context, zmq.PULL, self.keys, "exchange", exchange_endpoint
         )
+        self.rendezvous = Rendezvous(rendezvous_endpoint) if rendezvous_endpoint else None
         self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
         self._inbox: Channel[m.HandOver] = Channel(inbox, m.HandOver)
         self._poller = zmq.Poller()
@@ -117,6 +121,8 @@ class Runner:
         self._disconnect()
         self._control.close()
         self._inbox.close()
+        if self.rendezvous is not None:
+            self.rendezvous.close()
         self._gatekeeper.close()
         self._context.term()
 
@@ -194,6 +200,11 @@ class Runner:
         load.plan.validate()
         if not 0 <= load.device_index < len(load.plan.devices):
             raise ProtocolError(f"device {load.device_index} is not in the plan")
+        if load.plan.transport == "torch" and self.rendezvous is None:
+            raise ProtocolError(
+                f"{self.device} was not started for transport torch: whether its network is "
+                "trusted was not asked. Start its runner for that transport"
+            )
         torch.set_num_threads(max(1, load.num_threads))
         self._epoch = load.epoch
         self._shard = self._loaded = None

@@ -21,8 +21,9 @@ from engine.errors import EngineError, PlanError
 from engine.host import messages as api
 from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
+from engine.host.trusted_network import NodeTrust, check_trusted_network
 from engine.model.memory import check_memory, has_room_for_more, plan_memory
-from engine.plan.plan import Plan, PlanShape
+from engine.plan.plan import Plan, PlanShape, Transport
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class PlanApplication:
             return
         used = job.devices
         try:
-            runners = self._runners_for(used)
+            runners = self._runners_for(used, job.plan.transport)
         except EngineError as error:
             self._job = None
             self._fail(job.request_id, error)
@@ -165,8 +166,9 @@ class PlanApplication:
             )
         self._nodes.start_local(name)
 
-    def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
+    def _runners_for(self, used: list[str], transport: Transport) -> list[RunnerAddress]:
         """Runners that are there; starts the others where their node is ready."""
+        check_trusted_network(transport, self._trust(used))
         listen_address = self._listen_address(used)
         runners: list[RunnerAddress] = []
         for device in used:
@@ -179,11 +181,21 @@ class PlanApplication:
             if self._nodes.info(device) is None:
                 known = ", ".join(name.rpartition("/")[2] for name in node.devices())
                 raise PlanError(f"{device}: node {node.name} has no such device; it has {known}")
-            self._nodes.start_runner(device, "" if node.kind == "remote" else listen_address)
+            own_address = "" if node.kind == "remote" else listen_address
+            self._nodes.start_runner(device, own_address, transport)
             runner = self._nodes.runner(device)
             if runner is not None:
                 runners.append(runner)
         return runners
+
+    def _trust(self, used: list[str]) -> list[NodeTrust]:
+        """What the nodes of these devices say of their networks, as far as they are there."""
+        nodes = {node.name: node for node in map(self._nodes.node_of, used) if node is not None}
+        return [
+            NodeTrust(node.name, node.description.trusted_network, node.kind != "remote")
+            for node in nodes.values()
+            if node.description is not None
+        ]
 
     def _listen_address(self, used: list[str]) -> str:
         """Where runners of this computer listen: loopback, unless another computer takes part."""

@@ -342,7 +342,11 @@ class Connect(Message, frozen=True):
 
 
 class LinkFigures(Message, frozen=True):
-    """A link to another device of the plan, as this one measured it."""
+    """A link to another device of the plan, as this one measured it.
+
+    Attributes:
+        bytes_per_second: from that device to this one.
+    """
 
     device_index: int
     round_trip_seconds: float
@@ -426,6 +430,10 @@ class StepAnswer(Message, frozen=True):
         log-sum-exp at temperature 1 with all ids of the shard (0 where it is not wanted), then
         float32 [M] the asked ids of this shard in order.
         "full": float32 [N, shard rows].
+
+    Attributes:
+        links: one entry per peer that something was sent to or received from.
+        figures: of links whose figures the traffic has changed, at most once a second.
     """
 
     epoch: int
@@ -437,6 +445,7 @@ class StepAnswer(Message, frozen=True):
     received_bytes: int
     cache_bytes: int
     links: tuple[LinkTraffic, ...] = ()
+    figures: tuple[LinkFigures, ...] = ()
 
 
 class FetchLogits(Message, frozen=True):
@@ -480,16 +489,45 @@ class Failed(Message, frozen=True):
 class HandOver(Message, frozen=True):
     """Sent after plan row `row` to a device of the next row.
 
-    Tensors: the partial sum [N, width] in the plan's wire format if `has_partial`, then the
-    residual stream float32 [N, width] if `has_residual`.
+    Tensors, phase "part": the partial sum [N, width] in the wire format if `has_partial`, then the
+    residual stream float32 [N, width] if `has_residual`; N tokens of the piece, or those that the
+    receiver finishes for all. Phase "finished": the residual stream float32 [N, width] of the
+    tokens that the sender finished.
+
+    Attributes:
+        piece: of the step's tokens; 0 where the step is worked in one.
+        sent_ns: by the sender's monotonic clock.
+        heard_ns: the least age that small hand-overs of the receiver had when they came to the
+            sender, by both clocks; None while unknown.
     """
 
     epoch: int
     step_id: int
     row: int
+    piece: int
     device_index: int
+    phase: Literal["part", "finished"]
     has_partial: bool
     has_residual: bool
+    sent_ns: int
+    heard_ns: int | None = None
+
+
+class Ping(Message, frozen=True):
+    """Asks a peer for a Pong with the same number and a uint8 frame of so many bytes (0: none)."""
+
+    epoch: int
+    device_index: int
+    number: int
+    reply_bytes: int
+
+
+class Pong(Message, frozen=True):
+    """Answer to Ping."""
+
+    epoch: int
+    device_index: int
+    number: int
 
 
 WORKER_ACCEPTS = Hello | Enroll | StartRunner | StopRunner | Shutdown
@@ -525,6 +563,7 @@ RUNNER_SENDS = (
     | StepAnswer
     | Failed
 )
+EXCHANGE_ACCEPTS = HandOver | Ping | Pong
 
 M = TypeVar("M")
 

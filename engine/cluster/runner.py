@@ -10,24 +10,32 @@ import collections
 import contextlib
 import logging
 import threading
+import time
 from typing import Any
 
 import torch
 import zmq
 
 from engine.cluster import messages as m
+from engine.cluster.collective import Collective
 from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
+from engine.cluster.peer_links import PeerLinks
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.stepping import Stepping, to_tensor
+from engine.cluster.torch_exchange import TorchExchange
 from engine.cluster.torch_group import Rendezvous
-from engine.cluster.transport import Channel, connect, listen
+from engine.cluster.transport import Channel, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
+from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
 from engine.model.share_keys import WeightKey
 
 logger = logging.getLogger(__name__)
+
+# At most so often the engine host hears of a long step, and of links that changed.
+REPORT_SECONDS = 1.0
 
 
 class _AbortedError(Exception):
@@ -72,7 +80,7 @@ class Runner:
         )
         self.rendezvous = Rendezvous(rendezvous_endpoint) if rendezvous_endpoint else None
         self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
-        self._inbox: Channel[m.HandOver] = Channel(inbox, m.HandOver)
+        self._inbox: Channel[Any] = Channel(inbox, m.EXCHANGE_ACCEPTS)
         self._poller = zmq.Poller()
         self._poller.register(control, zmq.POLLIN)
         self._poller.register(inbox, zmq.POLLIN)
@@ -88,6 +96,9 @@ class Runner:
         self._aborted_epoch = 0
         self._step_id = 0
         self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
+        self._row: int = -1
+        self._reported_row: int = -1
+        self._step_reported_at = self._links_reported_at = 0.0
 
     def run(self) -> None:
         """Serve until asked to end."""
@@ -131,7 +142,14 @@ class Runner:
     def _next(self, timeout_seconds: float) -> tuple[m.Message, list[m.Array]] | None:
         if self._pending:
             return self._pending.popleft()
-        received = self._control.receive(int(timeout_seconds * 1000))
+        timeout_ms = int(timeout_seconds * 1000)
+        if self._stepping is not None:
+            self._poller.poll(timeout_ms)
+            timeout_ms = 0
+            # Peers may still measure their links, or be a step ahead.
+            self._stepping.exchange.links.note_losses()
+            self._stepping.exchange.take_early()
+        received = self._control.receive(timeout_ms)
         if received is None:
             return None
         self._route = received.route
@@ -145,8 +163,14 @@ class Runner:
         logger.warning("%s: %s", type(error).__name__, error)
         epoch = getattr(cause, "epoch", self._epoch)
         step_id = cause.step_id if isinstance(cause, m.Step | m.FetchLogits) else 0
+        lost = error.device if isinstance(error, WorkerLost) else None
+        devices = self._loaded.plan.devices if self._loaded is not None else ()
         failed = m.Failed(
-            epoch=epoch, step_id=step_id, error=type(error).__name__, message=str(error)
+            epoch=epoch,
+            step_id=step_id,
+            error=type(error).__name__,
+            message=str(error),
+            peer_index=devices.index(lost) if lost in devices else None,
         )
         with contextlib.suppress(WorkerLost):  # The engine host may be what is gone.
             self._send(failed)
@@ -154,6 +178,8 @@ class Runner:
     def _handle(self, message: m.Message, tensors: list[m.Array]) -> None:
         if isinstance(message, m.Load):
             self._load(message)
+        elif isinstance(message, m.Connect):
+            self._connect(message)
         elif isinstance(message, m.Step):
             self._step(message, tensors)
         elif isinstance(message, m.FetchLogits):
@@ -161,19 +187,40 @@ class Runner:
         elif isinstance(message, m.Abort):
             self._aborted_epoch = max(self._aborted_epoch, message.epoch)
         elif isinstance(message, m.AbortStep):
-            pass  # Its answer is on the way already.
+            self._note_given_up(message)  # Its answer is on the way already.
         elif isinstance(message, m.WeightSlice):
             pass  # Asked for by a load that failed since.
         else:
             raise ProtocolError(f"unexpected {type(message).__name__} for an idle runner")
 
     def _wait(self, timeout_seconds: float) -> None:
-        """While waiting for peers: hear the engine host, and give up when it says so."""
+        """While waiting for peers: hear the engine host, and give up when it says so.
+
+        Raises: WorkerLost: the connection to a peer broke.
+        """
         ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
         if self._should_end.is_set():
             raise _AbortedError
         if self._control.socket in ready:
             self._hear_host()
+        if self._stepping is not None and ready.keys() - {self._inbox.socket}:
+            self._stepping.exchange.links.check()
+        self._report_progress()
+
+    def _between_rows(self, row: int, kind: StepKind) -> None:
+        """In a step: say where it is if it takes long, and give it up when asked to."""
+        self._row = row
+        self._report_progress()
+        # A piece of a prompt takes long enough to be given up.
+        if kind == "prompt":
+            self._hear_host()
+
+    def _report_progress(self) -> None:
+        now = time.monotonic()
+        if now - self._step_reported_at < REPORT_SECONDS or self._row == self._reported_row:
+            return
+        self._step_reported_at, self._reported_row = now, self._row
+        self._send(m.StepProgress(epoch=self._epoch, step_id=self._step_id, row=self._row))
 
     def _hear_host(self) -> None:
         """In the middle of a step: take one message of the engine host, if there is one."""
@@ -185,6 +232,7 @@ class Runner:
             if received.message.epoch >= self._epoch:
                 raise _AbortedError
         elif isinstance(received.message, m.AbortStep):
+            self._note_given_up(received.message)
             if (received.message.epoch, received.message.step_id) == (self._epoch, self._step_id):
                 raise _AbortedError
         elif isinstance(received.message, m.Shutdown):
@@ -192,6 +240,10 @@ class Runner:
             raise _AbortedError
         else:
             self._pending.append((received.message, received.tensors))
+
+    def _note_given_up(self, message: m.AbortStep) -> None:
+        if self._stepping is not None and message.epoch == self._epoch:
+            self._stepping.exchange.give_up(message.step_id)
 
     # ---- load --------------------------------------------------------------------------------
 
@@ -252,43 +304,75 @@ class Runner:
         self._shard, self._loaded = shard, load
         self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
 
+    def _connect(self, message: m.Connect) -> None:
+        """Connect to the peers, and answer once all of them do.
+
+        Raises: WorkerLost: a peer does not.
+        """
+        shard, loaded = self._shard, self._loaded
+        if message.epoch <= self._aborted_epoch:
+            return
+        if shard is None or loaded is None or message.epoch != self._epoch:
+            raise ProtocolError(f"connect for epoch {message.epoch}, loaded is {self._epoch}")
+        links = self._connected(loaded, shard).exchange.links
+        figures = links.measure(self._wait)
+        self._send(m.Connected(epoch=message.epoch, links=figures))
+
     def _connected(self, load: m.Load, shard: ModelShard) -> Stepping:
         """What computes this epoch's steps, with its exchange.
 
-        Connections are made at the first step: by then every peer has the allow list of this
-        epoch, because the engine host has heard Loaded from all of them. A peer that refuses once
-        is not asked again by libzmq.
+        Connections are made when the engine host asks for them, or at the first step: by then
+        every peer has the allow list of this epoch, because the engine host has heard Loaded from
+        all of them. A peer that refuses once is not asked again by libzmq.
         """
         if self._stepping is not None:
             return self._stepping
-        outboxes: dict[int, Channel[Any]] = {}
-        for peer in load.peers:
-            socket = connect(
-                self._context, zmq.PUSH, self.keys, peer.public_key, peer.exchange_endpoint
-            )
-            outboxes[peer.device_index] = Channel(socket, m.HandOver)
+        devices = load.plan.devices
+        links = PeerLinks(
+            self._context,
+            self.keys,
+            self._inbox,
+            load.epoch,
+            load.device_index,
+            devices,
+            load.peers,
+        )
+        for monitor in links.monitors:
+            self._poller.register(monitor, zmq.POLLIN)
         device = self._torch_device
 
         def add(row: int, x: m.Array, total: m.Array) -> m.Array:
+            if not shard.has_post_norm(row):
+                return x + total
             parts = [to_tensor(array, device) for array in (x, total)]
             return shard.add(row, *parts).cpu().numpy()
 
-        exchange = Exchange(
-            load.epoch,
-            load.plan,
-            load.device_index,
-            load.config.width,
-            self._inbox,
-            outboxes,
-            self._wait,
-            add,
-        )
-        self._stepping = Stepping(shard, exchange, device, self._hear_host)
+        exchange: Collective
+        if load.plan.transport == "torch":
+            exchange = TorchExchange(
+                load.epoch,
+                load.plan,
+                load.device_index,
+                load.config.width,
+                links,
+                load.rendezvous,
+                self.rendezvous if load.device_index == load.plan.used_devices()[0] else None,
+                device,
+                self._wait,
+                add,
+            )
+        else:
+            exchange = Exchange(
+                load.epoch, load.plan, load.device_index, load.config.width, links, self._wait, add
+            )
+        self._stepping = Stepping(shard, exchange, device, self._between_rows)
         return self._stepping
 
     def _disconnect(self) -> None:
         """End the exchange of the epoch before."""
         if self._stepping is not None:
+            for monitor in self._stepping.exchange.links.monitors:
+                self._poller.unregister(monitor)
             self._stepping.exchange.close()
             self._stepping = None
 
@@ -308,7 +392,9 @@ class Runner:
         stepping = self._connected(loaded, shard)
         exchange = stepping.exchange
         self._step_id = step.step_id
-        exchange.begin_step(step.step_id)
+        self._row = self._reported_row = -1
+        self._step_reported_at = time.monotonic()
+        exchange.begin_step(step.step_id, step.kind)
         for operation in step.operations:
             if operation.action == "free":
                 shard.cache.free(operation.slot)
@@ -326,9 +412,18 @@ class Runner:
             sent_bytes=c.sent_bytes,
             received_bytes=c.received_bytes,
             cache_bytes=shard.cache.num_bytes,
+            links=c.links(),
+            figures=self._changed_figures(exchange.links),
         )
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)
+
+    def _changed_figures(self, links: PeerLinks) -> tuple[m.LinkFigures, ...]:
+        now = time.monotonic()
+        if now - self._links_reported_at < REPORT_SECONDS:
+            return ()
+        self._links_reported_at = now
+        return links.fresh_figures()
 
     def _fetch_logits(self, message: m.FetchLogits) -> None:
         last = self._last_answer

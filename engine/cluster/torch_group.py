@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 # Nobody waits this long: the owner gives up before, and ends the group.
-OPERATION_SECONDS = 120.0
+OPERATION_SECONDS = 600.0
 # Until a group whose connections were closed has ended its thread.
 CLOSE_SECONDS = 5.0
 # Transfers whose sends are not complete: so far may a device be ahead of its slowest receiver.

@@ -228,8 +228,8 @@ class Exchange:
             scattered = is_scattered(table, num_tokens, self._width, self._wire)
             self._scatters[key] = scattered
         if not scattered:
-            targets = dict.fromkeys(table.receivers, (0, num_tokens))
-            return _UnderWay(row, piece, table, targets, False, (me,))
+            whole = {receiver: (0, num_tokens) for receiver in table.receivers}
+            return _UnderWay(row, piece, table, whole, False, (me,))
         parts = token_parts(num_tokens, len(table.owners))
         targets = {
             owner: part

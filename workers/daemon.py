@@ -63,6 +63,7 @@ class Worker:
         runner_ports: tuple[int, int] | None = None,
         watched: dict[int, str] | None = None,
         has_lease: bool = False,
+        trusted_network: bool = False,
     ) -> None:
         """Listen.
 
@@ -73,6 +74,7 @@ class Worker:
                 local endpoints and any loopback port.
             watched: further processes whose use is reported, with their roles.
             has_lease: end the runners when the host falls silent.
+            trusted_network: whether runners may use a transport without encryption.
         """
         self.name = name
         self.keys = keys or new_key_pair()
@@ -85,6 +87,7 @@ class Worker:
         self._runner_ports = runner_ports
         self._watched = dict(watched or {})
         self._has_lease = has_lease
+        self._trusted_network = trusted_network
         self._runners: dict[str, Child] = {}
         self._route = b""
         self._heard_at = time.monotonic()
@@ -172,6 +175,7 @@ class Worker:
             version=metadata.version("shardmix"),
             pid=os.getpid(),
             devices=list_devices(self.name),
+            trusted_network=self._trusted_network,
         )
 
     def _roles(self) -> dict[int, str]:
@@ -183,6 +187,13 @@ class Worker:
         known = {info.device for info in list_devices(self.name)}
         if message.device not in known:
             cause = f"this node has no device {message.device!r}"
+            self._send(m.RunnerExited(device=message.device, pid=0, cause=cause))
+            return
+        if message.transport == "torch" and not self._trusted_network:
+            cause = (
+                "transport torch neither encrypts nor authenticates, and this node's network is "
+                "not marked as trusted"
+            )
             self._send(m.RunnerExited(device=message.device, pid=0, cause=cause))
             return
         old = self._runners.pop(message.device, None)
@@ -198,6 +209,8 @@ class Worker:
             first, end = self._runner_ports
             settings["control_endpoint"] = f"tcp://{host}:{first}-{end}"
             settings["exchange_endpoint"] = f"tcp://{host}:{first}-{end}"
+        if message.transport == "torch":
+            settings["rendezvous_endpoint"] = settings["exchange_endpoint"]
         child = Child(
             "engine.cluster.runner_process",
             ["shardmix-runner", message.device],
@@ -225,7 +238,7 @@ class Worker:
         except WorkerLost as error:
             self._events.put(m.RunnerExited(device=device, pid=child.pid, cause=str(error)))
             return
-        control, exchange = address.endpoints
+        control, exchange, *rendezvous = address.endpoints
         self._events.put(
             m.RunnerStarted(
                 device=device,
@@ -233,6 +246,7 @@ class Worker:
                 control_endpoint=control,
                 exchange_endpoint=exchange,
                 public_key=address.public_key.encode("ascii"),
+                rendezvous=rendezvous[0] if rendezvous else "",
             )
         )
 
@@ -285,6 +299,7 @@ def main() -> None:
         greeting.parent_key.encode("ascii"),
         new_local_endpoint(),
         watched=watched,
+        trusted_network=os.environ.get("SHARDMIX_TRUSTED_NETWORK") == "1",
     )
     end_with_parent(worker.end_soon, grace_seconds=2.0)
     answer_address([worker.endpoint], worker.keys.public)

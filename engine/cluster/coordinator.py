@@ -172,6 +172,7 @@ class Coordinator:
                 checkpoint_id=request.checkpoint_id,
                 tensors=request.tensors,
                 peers=peers,
+                rendezvous=addresses[used[0]].rendezvous,
             )
             loads[device] = load
         loaded: dict[str, m.Loaded] = {}

@@ -211,6 +211,9 @@ class Exchange:
         while self._take_one(was_waited_for=False):
             pass
 
+    def give_up(self, step_id: int) -> None:
+        """A step was given up: `begin_step` forgets what it left."""
+
     def close(self) -> None:
         """Close the sockets to the peers."""
         self.links.close()

@@ -160,13 +160,18 @@ class StartRunner(Message, frozen=True):
 
 
 class RunnerStarted(Message, frozen=True):
-    """Where a new runner listens, and the key it made for this start."""
+    """Where a new runner listens, and the key it made for this start.
+
+    Attributes:
+        rendezvous: "ADDRESS:PORT" of a runner for transport "torch", else "".
+    """
 
     device: str
     pid: int
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
+    rendezvous: str = ""
 
 
 class StopRunner(Message, frozen=True):

@@ -17,11 +17,14 @@ import torch
 import zmq
 
 from engine.cluster import messages as m
+from engine.cluster.collective import Collective
 from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
 from engine.cluster.peer_links import PeerLinks
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.stepping import Stepping, to_tensor
+from engine.cluster.torch_exchange import TorchExchange
+from engine.cluster.torch_group import Rendezvous
 from engine.cluster.transport import Channel, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
@@ -49,6 +52,7 @@ class Runner:
         control_endpoint: str,
         exchange_endpoint: str,
         should_end: threading.Event,
+        rendezvous_endpoint: str | None = None,
     ) -> None:
         """Listen.
 
@@ -57,6 +61,7 @@ class Runner:
             host_key: public key of the engine host.
             exchange_endpoint: where peers of the plan connect.
             should_end: set by whoever wants the loop to end.
+            rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -73,6 +78,7 @@ class Runner:
         inbox, self.exchange_endpoint = listen(
             self._context, zmq.PULL, self.keys, "exchange", exchange_endpoint
         )
+        self.rendezvous = Rendezvous(rendezvous_endpoint) if rendezvous_endpoint else None
         self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
         self._inbox: Channel[Any] = Channel(inbox, m.EXCHANGE_ACCEPTS)
         self._poller = zmq.Poller()
@@ -126,6 +132,8 @@ class Runner:
         self._disconnect()
         self._control.close()
         self._inbox.close()
+        if self.rendezvous is not None:
+            self.rendezvous.close()
         self._gatekeeper.close()
         self._context.term()
 
@@ -181,7 +189,7 @@ class Runner:
         elif isinstance(message, m.Abort):
             self._aborted_epoch = max(self._aborted_epoch, message.epoch)
         elif isinstance(message, m.AbortStep):
-            pass  # Its answer is on the way already.
+            self._note_given_up(message)  # Its answer is on the way already.
         elif isinstance(message, m.WeightSlice):
             pass  # Asked for by a load that failed since.
         else:
@@ -226,6 +234,7 @@ class Runner:
             if received.message.epoch >= self._epoch:
                 raise _AbortedError
         elif isinstance(received.message, m.AbortStep):
+            self._note_given_up(received.message)
             if (received.message.epoch, received.message.step_id) == (self._epoch, self._step_id):
                 raise _AbortedError
         elif isinstance(received.message, m.Shutdown):
@@ -234,6 +243,10 @@ class Runner:
         else:
             self._pending.append((received.message, received.tensors))
 
+    def _note_given_up(self, message: m.AbortStep) -> None:
+        if self._stepping is not None and message.epoch == self._epoch:
+            self._stepping.exchange.give_up(message.step_id)
+
     # ---- load --------------------------------------------------------------------------------
 
     def _load(self, load: m.Load) -> None:
@@ -241,6 +254,11 @@ class Runner:
         load.plan.validate()
         if not 0 <= load.device_index < len(load.plan.devices):
             raise ProtocolError(f"device {load.device_index} is not in the plan")
+        if load.plan.transport == "torch" and self.rendezvous is None:
+            raise ProtocolError(
+                f"{self.device} was not started for transport torch: whether its network is "
+                "trusted was not asked. Start its runner for that transport"
+            )
         torch.set_num_threads(max(1, load.num_threads))
         self._epoch = load.epoch
         self._shard = self._loaded = None
@@ -331,9 +349,24 @@ class Runner:
             parts = [to_tensor(array, device) for array in (x, total)]
             return shard.add(row, *parts).cpu().numpy()
 
-        exchange = Exchange(
-            load.epoch, load.plan, load.device_index, load.config.width, links, self._wait, add
-        )
+        exchange: Collective
+        if load.plan.transport == "torch":
+            exchange = TorchExchange(
+                load.epoch,
+                load.plan,
+                load.device_index,
+                load.config.width,
+                links,
+                load.rendezvous,
+                self.rendezvous if load.device_index == load.plan.used_devices()[0] else None,
+                device,
+                self._wait,
+                add,
+            )
+        else:
+            exchange = Exchange(
+                load.epoch, load.plan, load.device_index, load.config.width, links, self._wait, add
+            )
         self._stepping = Stepping(shard, exchange, device, self._between_rows)
         return self._stepping
 

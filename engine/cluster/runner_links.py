@@ -31,13 +31,18 @@ BLAME_SECONDS = 2.0
 
 
 class RunnerAddress(msgspec.Struct, frozen=True):
-    """Where a runner listens, its key, and the key pair it expects the engine host to have."""
+    """Where a runner listens, its key, and the key pair it expects the engine host to have.
+
+    Attributes:
+        rendezvous: of a runner for transport "torch".
+    """
 
     device: str
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
     host_keys: KeyPair
+    rendezvous: str = ""
 
 
 class _Link:

@@ -29,8 +29,12 @@ def main() -> None:
         str(greeting.settings["control_endpoint"]),
         str(greeting.settings["exchange_endpoint"]),
         should_end,
+        greeting.settings.get("rendezvous_endpoint"),
     )
-    answer_address([runner.control_endpoint, runner.exchange_endpoint], runner.keys.public)
+    endpoints = [runner.control_endpoint, runner.exchange_endpoint]
+    if runner.rendezvous is not None:
+        endpoints.append(runner.rendezvous.endpoint)
+    answer_address(endpoints, runner.keys.public)
     try:
         runner.run()
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.exchange import Exchange
+from engine.cluster.collective import Collective
 from engine.cluster.pieces import Piece, cut_step, num_pieces
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.errors import ProtocolError
@@ -32,7 +32,7 @@ class Stepping:
     def __init__(
         self,
         shard: ModelShard,
-        exchange: Exchange,
+        exchange: Collective,
         device: torch.device,
         between_rows: Callable[[int, StepKind], None],
     ) -> None:

@@ -25,6 +25,7 @@ from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
 from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
 from engine.host.messages import NodeDevice, NodeState
+from engine.plan.plan import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Node:
         self.telemetry: m.Telemetry | None = None
         self.heard_at = time.monotonic()
         self.runners: dict[str, _Runner] = {}
-        self.starting: dict[str, str] = {}
+        self.starting: dict[str, _Wanted] = {}
         self.channel: Channel[Any] | None = None
         self.child: Child | None = None
 
@@ -66,11 +67,18 @@ class Node:
         return {d.device: d for d in self.description.devices} if self.description else {}
 
 
+class _Wanted(NamedTuple):
+    """What a runner was asked for at its start."""
+
+    listen_address: str
+    transport: Transport
+
+
 class _Runner(NamedTuple):
-    """A runner that listens; `listen_address` is what it was asked to listen on."""
+    """A runner that listens."""
 
     address: RunnerAddress
-    listen_address: str
+    wanted: _Wanted
     pid: int
 
 
@@ -236,15 +244,16 @@ class Nodes:
             node.telemetry = message
         elif isinstance(message, m.RunnerStarted):
             device = self._own_name(node, message.device)
-            listen_address = node.starting.pop(device, "")
             address = RunnerAddress(
                 device,
                 message.control_endpoint,
                 message.exchange_endpoint,
                 message.public_key,
                 node.keys,
+                message.rendezvous,
             )
-            node.runners[device] = _Runner(address, listen_address, message.pid)
+            wanted = node.starting.pop(device, _Wanted("", "zmq"))
+            node.runners[device] = _Runner(address, wanted, message.pid)
             self._on_change()
         elif isinstance(message, m.RunnerExited):
             device = self._own_name(node, message.device)
@@ -315,21 +324,25 @@ class Nodes:
             (d for d in node.description.devices if d.device.rpartition("/")[2] == kind), None
         )
 
-    def start_runner(self, device: str, listen_address: str) -> None:
-        """Start a device's runner, or restart it where it listens elsewhere."""
+    def start_runner(self, device: str, listen_address: str, transport: Transport) -> None:
+        """Start a device's runner, or restart it where it listens elsewhere or otherwise."""
         node = self.node_of(device)
         assert node is not None
         assert node.description is not None
         kind = device.rpartition("/")[2]
         worker_name = f"{node.description.name}/{kind}"
+        wanted = _Wanted(listen_address, transport)
         if device in node.runners:
-            if node.runners[device].listen_address == listen_address:
+            if node.runners[device].wanted == wanted:
                 return
             del node.runners[device]
             self._tell(node, m.StopRunner(device=worker_name))
         if device not in node.starting:
-            node.starting[device] = listen_address
-            self._tell(node, m.StartRunner(device=worker_name, listen_address=listen_address))
+            node.starting[device] = wanted
+            start = m.StartRunner(
+                device=worker_name, listen_address=listen_address, transport=transport
+            )
+            self._tell(node, start)
 
     def stop_runners_except(self, devices: set[str]) -> None:
         """Free the memory of devices that have no share."""

@@ -24,8 +24,9 @@ from engine.host import messages as api
 from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
 from engine.host.recovery import nearest_plan, num_quanta, what_changed
+from engine.host.trusted_network import NodeTrust, check_trusted_network
 from engine.model.memory import check_memory, has_room_for_more, plan_memory
-from engine.plan.plan import Plan, PlanShape
+from engine.plan.plan import Plan, PlanShape, Transport
 
 # A device that was lost again so soon after its runner was restarted is not restarted once more.
 RESTART_SECONDS = 60.0
@@ -123,7 +124,7 @@ class PlanApplication:
         try:
             for device in used:
                 self._require_node(device)
-            runners = self._runners_for(used)
+            runners = self._runners_for(used, job.plan.transport)
         except EngineError as error:
             gone = {d for d in used if self._is_lost(d)}
             if self._interruption is not None and gone:
@@ -301,8 +302,9 @@ class PlanApplication:
             )
         self._nodes.start_local(name)
 
-    def _runners_for(self, used: list[str]) -> list[RunnerAddress]:
+    def _runners_for(self, used: list[str], transport: Transport) -> list[RunnerAddress]:
         """Runners that are there; starts the others where their node is ready."""
+        check_trusted_network(transport, self._trust(used))
         listen_address = self._listen_address(used)
         runners: list[RunnerAddress] = []
         for device in used:
@@ -315,11 +317,21 @@ class PlanApplication:
             if self._nodes.info(device) is None:
                 known = ", ".join(name.rpartition("/")[2] for name in node.devices())
                 raise PlanError(f"{device}: node {node.name} has no such device; it has {known}")
-            self._nodes.start_runner(device, "" if node.kind == "remote" else listen_address)
+            own_address = "" if node.kind == "remote" else listen_address
+            self._nodes.start_runner(device, own_address, transport)
             runner = self._nodes.runner(device)
             if runner is not None:
                 runners.append(runner)
         return runners
+
+    def _trust(self, used: list[str]) -> list[NodeTrust]:
+        """What the nodes of these devices say of their networks, as far as they are there."""
+        nodes = {node.name: node for node in map(self._nodes.node_of, used) if node is not None}
+        return [
+            NodeTrust(node.name, node.description.trusted_network, node.kind != "remote")
+            for node in nodes.values()
+            if node.description is not None
+        ]
 
     def _listen_address(self, used: list[str]) -> str:
         """Where runners of this computer listen: loopback, unless another computer takes part."""

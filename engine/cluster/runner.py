@@ -178,8 +178,6 @@ class Runner:
     def _handle(self, message: m.Message, tensors: list[m.Array]) -> None:
         if isinstance(message, m.Load):
             self._load(message)
-        elif isinstance(message, m.Connect):
-            self._connect(message)
         elif isinstance(message, m.Step):
             self._step(message, tensors)
         elif isinstance(message, m.Connect):
@@ -369,12 +367,6 @@ class Runner:
             )
         self._stepping = Stepping(shard, exchange, device, self._between_rows)
         return self._stepping
-
-    def _connect(self, message: m.Connect) -> None:
-        if self._shard is None or self._loaded is None or message.epoch != self._epoch:
-            raise ProtocolError(f"connect of epoch {message.epoch}, loaded is {self._epoch}")
-        self._connected(self._loaded, self._shard)
-        self._send(m.Connected(epoch=message.epoch, links=()))
 
     def _disconnect(self) -> None:
         """End the exchange of the epoch before."""

@@ -12,16 +12,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import zmq
 import zmq.utils.monitor
 
 from engine.cluster import messages as m
+from engine.cluster.content_hashes import WeightSource
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
+from engine.cluster.weight_transfer import WeightServer
 from engine.errors import (
     Cancelled,
     EngineError,
@@ -40,14 +42,6 @@ STEP_SECONDS = 120.0
 LOAD_SILENCE_SECONDS = 60.0
 # From a closed connection to the worker's word on why: a dying process takes its time.
 CAUSE_SECONDS = 1.5
-
-
-class WeightSource(Protocol):
-    """Whoever can cut slices out of a checkpoint."""
-
-    def read_slice(self, name: str, axis: int, start: int, end: int) -> m.Array:
-        """Bytes of elements [start, end) along an axis, in file format."""
-        ...
 
 
 class RunnerAddress(msgspec.Struct, frozen=True):
@@ -73,7 +67,13 @@ class StepFailed(Exception):  # noqa: N818 - carries the error that its requests
 
 
 class LoadRequest(NamedTuple):
-    """What a plan needs to be put in force."""
+    """What a plan needs to be put in force.
+
+    Attributes:
+        checkpoint_id: another one for every change of the checkpoint's files or tensors.
+        files: of the checkpoint, as each device is told of them.
+        hashes_path: where the checkpoint's content hashes are kept; None to keep none.
+    """
 
     epoch: int
     config: ModelConfig
@@ -86,6 +86,8 @@ class LoadRequest(NamedTuple):
     checkpoint_id: str
     tensors: tuple[m.TensorInfo, ...]
     source: WeightSource
+    files: Mapping[str, tuple[m.LocalFile, ...]] = {}
+    hashes_path: Path | None = None
 
 
 class DeviceAnswer(NamedTuple):
@@ -183,13 +185,13 @@ class Coordinator:
         runners: Sequence[RunnerAddress],
         on_progress: Callable[[str, int, int], None],
         should_stop: Callable[[], bool],
-    ) -> dict[str, int]:
+    ) -> dict[str, m.Loaded]:
         """Put a plan in force.
 
         Args:
             runners: one for every device with a share.
             on_progress: called with (device, bytes done, bytes in all).
-        Returns: bytes of weights in memory, by device.
+        Returns: what each device loaded and where from.
         Raises: WorkerLost, EngineError: a device could not take its share.
         """
         self._connect(runners)
@@ -220,9 +222,18 @@ class Coordinator:
                 checkpoint_id=request.checkpoint_id,
                 tensors=request.tensors,
                 peers=peers,
+                files=request.files.get(device, ()),
             )
             self._send(device, load)
-        loaded: dict[str, int] = {}
+        loaded: dict[str, m.Loaded] = {}
+        server = WeightServer(
+            request.config,
+            plan.shape,
+            request.tensors,
+            request.source,
+            request.checkpoint_id,
+            request.hashes_path,
+        )
         try:
             last_word = time.monotonic()
             while len(loaded) < len(used):
@@ -230,7 +241,7 @@ class Coordinator:
                     raise Cancelled("loading was cancelled; no plan is in force now")
                 for device, received in self._receive(0.25):
                     last_word = time.monotonic()
-                    self._take_load_message(device, received, request, loaded, on_progress)
+                    self._take_load_message(device, received, server, loaded, on_progress)
                 if time.monotonic() - last_word > LOAD_SILENCE_SECONDS:
                     silent = next(d for d in used if d not in loaded)
                     cause = f"it said nothing for {LOAD_SILENCE_SECONDS:.0f} s while loading"
@@ -238,6 +249,8 @@ class Coordinator:
         except EngineError:
             self.abort()
             raise
+        finally:
+            server.close()
         return loaded
 
     def step(
@@ -428,44 +441,20 @@ class Coordinator:
         self,
         device: str,
         received: Any,
-        request: LoadRequest,
-        loaded: dict[str, int],
+        server: WeightServer,
+        loaded: dict[str, m.Loaded],
         on_progress: Callable[[str, int, int], None],
     ) -> None:
+        assert self._request is not None
         message = received.message
-        if message.epoch != request.epoch:
+        if message.epoch != self._request.epoch:
             return
-        if isinstance(message, m.WeightRequest):
-            data = _read_slice(request, message)
-            answer = m.WeightSlice(
-                epoch=message.epoch,
-                name=message.name,
-                axis=message.axis,
-                start=message.start,
-                end=message.end,
-            )
+        if isinstance(message, m.HashesRequest | m.WeightRequest):
+            answer, data = server.answer(message)
             self._send(device, answer, [data])
         elif isinstance(message, m.LoadProgress):
             on_progress(device, message.done_bytes, message.total_bytes)
         elif isinstance(message, m.Loaded):
-            loaded[device] = message.weight_bytes
+            loaded[device] = message
         elif isinstance(message, m.Failed):
             raise error_by_name(message.error, f"{device}: {message.message}")
-
-
-def _read_slice(request: LoadRequest, wanted: m.WeightRequest) -> m.Array:
-    """A slice for a runner, after checking that it lies inside its tensor."""
-    info = next((t for t in request.tensors if t.name == wanted.name), None)
-    if info is None:
-        raise ProtocolError(f"a runner asked for the unknown tensor {wanted.name!r}")
-    is_inside = (
-        0 <= wanted.axis < len(info.shape)
-        and 0 <= wanted.start < wanted.end <= info.shape[wanted.axis]
-    )
-    if not is_inside:
-        raise ProtocolError(
-            f"a runner asked for {wanted.start}-{wanted.end} along axis {wanted.axis} of "
-            f"{wanted.name} {list(info.shape)}"
-        )
-    data = request.source.read_slice(wanted.name, wanted.axis, wanted.start, wanted.end)
-    return np.ascontiguousarray(data).reshape(-1)

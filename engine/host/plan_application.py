@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from engine.cluster.coordinator import LoadRequest, RunnerAddress
+from engine.cluster.local_copies import describe_files
 from engine.cluster.messages import Message
 from engine.cluster.transport import Channel, address_that_reaches
 from engine.decode.scheduler import Scheduler
@@ -23,6 +24,7 @@ from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
 from engine.model.memory import check_memory, has_room_for_more, plan_memory
 from engine.plan.plan import Plan, PlanShape
+from engine.weights.models import cache_folder
 
 
 @dataclass(slots=True)
@@ -228,6 +230,11 @@ class PlanApplication:
             checkpoint_id=model.identity,
             tensors=model.tensors,
             source=model.checkpoint,
+            files={
+                device: describe_files(model.checkpoint.files, self._is_this_computer(device))
+                for device in job.devices
+            },
+            hashes_path=cache_folder() / "hashes.sqlite",
         )
         self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
 
@@ -251,6 +258,11 @@ class PlanApplication:
             sharing = computers.count(computer)
             threads[device] = job.num_threads or max(1, info.num_cores // sharing)
         return threads
+
+    def _is_this_computer(self, device: str) -> bool:
+        """Whether a device's runner can open the files that this process can."""
+        node = self._nodes.node_of(device)
+        return node is not None and node.kind != "remote"
 
     def _computer(self, device: str) -> tuple[str, bool]:
         """What shares its cores with others: a computer's CPU runners, simulated nodes included."""

@@ -32,7 +32,7 @@ PACK_BYTES = 64 << 20
 # The limit is kept by whole packs; with fewer than so many, too much would go at a time.
 MIN_PACKS = 8
 # What a process that is killed can lose: one batch.
-BATCH_BYTES = 2 << 20
+BATCH_BYTES = 1 << 20
 BATCH_SECONDS = 0.2
 # sqlite takes 999 parameters in its oldest builds.
 MAX_PARAMETERS = 500
@@ -254,38 +254,36 @@ class SliceCache:
 
     def _append(self, database: sqlite3.Connection, entries: list[tuple[bytes, bytes]]) -> int:
         """Append as many slices as the pack takes, at least one; returns their number."""
-        pack, start = self._open_pack(database)
+        pack, start = self._open_pack(database, len(entries[0][1]))
         rows: list[tuple[bytes, int, int, int]] = []
         end = start
         for content_sum, data in entries:
-            if end > 0 and end + len(data) > self._pack_bytes:
+            if rows and end + len(data) > self._pack_bytes:
                 break
             rows.append((content_sum, pack.id, end, len(data)))
             end += len(data)
-        if rows:
-            with open(pack.path, "r+b") as file:
-                # What a killed process left behind the last commit is written over.
-                file.seek(start)
-                file.write(b"".join(data for _sum, data in entries[: len(rows)]))
-                file.truncate()
-            database.executemany("INSERT INTO slices VALUES (?, ?, ?, ?)", rows)
-            database.execute("UPDATE packs SET bytes = ? WHERE id = ?", (end, pack.id))
-        if len(rows) < len(entries):
-            self._leave_pack()
+        with open(pack.path, "r+b") as file:
+            # What a killed process left behind the last commit is written over.
+            file.seek(start)
+            file.write(b"".join(data for _sum, data in entries[: len(rows)]))
+            file.truncate()
+        database.executemany("INSERT INTO slices VALUES (?, ?, ?, ?)", rows)
+        database.execute("UPDATE packs SET bytes = ? WHERE id = ?", (end, pack.id))
         return len(rows)
 
-    def _open_pack(self, database: sqlite3.Connection) -> tuple[_Pack, int]:
-        """The pack to append to, and where it ends."""
+    def _open_pack(self, database: sqlite3.Connection, num_bytes: int) -> tuple[_Pack, int]:
+        """A pack with room for so many bytes, an empty one if need be, and where it ends."""
+        room = self._pack_bytes - num_bytes
         if self._pack is not None:
             row = database.execute(
                 "SELECT bytes FROM packs WHERE id = ?", (self._pack.id,)
             ).fetchone()
-            if row is not None:
+            if row is not None and row[0] <= max(0, room):
                 return self._pack, int(row[0])
-            self._leave_pack()  # Another process evicted it.
+            self._leave_pack()  # It is full, or another process evicted it.
         half_full = database.execute(
-            "SELECT id, name, bytes FROM packs WHERE bytes < ? ORDER BY used DESC LIMIT 8",
-            (self._pack_bytes // 2,),
+            "SELECT id, name, bytes FROM packs WHERE bytes <= ? ORDER BY used DESC LIMIT 8",
+            (min(self._pack_bytes // 2, room),),
         ).fetchall()
         for pack, name, size in half_full:
             path = self._folder / str(name)

@@ -27,7 +27,8 @@ from engine.cluster.transport import new_local_endpoint
 from engine.cluster.weight_transfer import WeightServer
 from engine.model.batch import Segment
 from engine.model.shard import ModelShard
-from engine.plan.plan import Plan
+from engine.model.weight_store import WeightStore, fetch_weights
+from engine.plan.plan import Plan, PlanShape
 from engine.weights.checkpoint import Checkpoint
 
 START_SECONDS = 90.0
@@ -191,14 +192,7 @@ class OneLoad:
             load.config, plan, device_index, load.dtype, load.kv_window, load.kv_dtype, device
         )
         self.asked: list[m.WeightRequest] = []
-        server = WeightServer(
-            load.config,
-            plan.shape,
-            load.tensors,
-            _Source(read or checkpoint.read_slice),
-            "tiny",
-            hashes_path,
-        )
+        server = server_of(checkpoint, plan.shape, read, hashes_path)
         with Loader(
             load, shard, {}, device, lambda: SliceCache(cache_folder, CACHE_BYTES)
         ) as loader:
@@ -228,8 +222,6 @@ class OneLoad:
 
     def assert_equals(self, checkpoint: Checkpoint) -> None:
         """Compare every packed weight with one packed from slices read at one go."""
-        from engine.model.weight_store import WeightStore, fetch_weights
-
         expected = WeightStore(checkpoint.tensors, "float32", torch.device("cpu"), {})
         fetch_weights(
             expected, self.keys, lambda s: checkpoint.read_slice(s.name, s.axis, s.start, s.end)
@@ -245,3 +237,15 @@ def _values(weight: Any) -> NDArray[np.float32]:
     if isinstance(weight, torch.Tensor):
         return weight.numpy()
     return weight._values.numpy()
+
+
+def server_of(
+    checkpoint: Checkpoint,
+    shape: PlanShape,
+    read: Source | None = None,
+    hashes_path: Path | None = None,
+) -> WeightServer:
+    """What answers a runner; the caller closes it."""
+    tensors = tuple(checkpoint.tensors.values())
+    source = _Source(read or checkpoint.read_slice)
+    return WeightServer(checkpoint.config, shape, tensors, source, "tiny", hashes_path)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import zmq
 
 from engine.cluster import messages as m
+from engine.cluster.content_hashes import WeightSource
 from engine.cluster.runner_links import RunnerAddress, RunnerLinks
+from engine.cluster.weight_transfer import WeightServer
 from engine.errors import (
     Cancelled,
     EngineError,
@@ -35,14 +37,6 @@ STEP_SECONDS = 120.0
 LOAD_SILENCE_SECONDS = 60.0
 
 
-class WeightSource(Protocol):
-    """Whoever can cut slices out of a checkpoint."""
-
-    def read_slice(self, name: str, axis: int, start: int, end: int) -> m.Array:
-        """Bytes of elements [start, end) along an axis, in file format."""
-        ...
-
-
 class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for it
     """A step was given up because nobody wants its answer."""
 
@@ -56,7 +50,13 @@ class StepFailed(Exception):  # noqa: N818 - carries the error that its requests
 
 
 class LoadRequest(NamedTuple):
-    """What a plan needs to be put in force."""
+    """What a plan needs to be put in force.
+
+    Attributes:
+        checkpoint_id: another one for every change of the checkpoint's files or tensors.
+        files: of the checkpoint, as each device is told of them.
+        hashes_path: where the checkpoint's content hashes are kept; None to keep none.
+    """
 
     epoch: int
     config: ModelConfig
@@ -69,6 +69,8 @@ class LoadRequest(NamedTuple):
     checkpoint_id: str
     tensors: tuple[m.TensorInfo, ...]
     source: WeightSource
+    files: Mapping[str, tuple[m.LocalFile, ...]] = {}
+    hashes_path: Path | None = None
 
 
 class PlanLoaded(NamedTuple):
@@ -141,6 +143,7 @@ class Coordinator:
         Args:
             runners: one for every device with a share.
             on_progress: called with (device, bytes done, bytes in all).
+        Returns: what each device loaded and where from.
         Raises: WorkerLost, EngineError: a device could not take its share.
         """
         self._request = request
@@ -173,16 +176,27 @@ class Coordinator:
                 tensors=request.tensors,
                 peers=peers,
                 rendezvous=addresses[used[0]].rendezvous,
+                files=request.files.get(device, ()),
             )
             loads[device] = load
         loaded: dict[str, m.Loaded] = {}
         links: dict[str, tuple[m.LinkFigures, ...]] = {}
 
+        server = WeightServer(
+            request.config,
+            plan.shape,
+            request.tensors,
+            request.source,
+            request.checkpoint_id,
+            request.hashes_path,
+        )
+
         def take(device: str, message: Any) -> None:
             if message.epoch != request.epoch:
                 return
-            if isinstance(message, m.WeightRequest):
-                self._serve_weights(device, message, request)
+            if isinstance(message, m.HashesRequest | m.WeightRequest):
+                answer, data = server.answer(message)
+                self._links.send(device, answer, [data])
             elif isinstance(message, m.LoadProgress):
                 on_progress(device, message.done_bytes, message.total_bytes)
             elif isinstance(message, m.Loaded):
@@ -203,6 +217,8 @@ class Coordinator:
         except EngineError:
             self.abort()
             raise
+        finally:
+            server.close()
         return PlanLoaded(
             loaded,
             {
@@ -355,32 +371,3 @@ class Coordinator:
                     raise self._links.lost(
                         device, f"it said nothing for {LOAD_SILENCE_SECONDS:.0f} s while loading"
                     )
-
-    def _serve_weights(self, device: str, message: m.WeightRequest, request: LoadRequest) -> None:
-        data = _read_slice(request, message)
-        answer = m.WeightSlice(
-            epoch=message.epoch,
-            name=message.name,
-            axis=message.axis,
-            start=message.start,
-            end=message.end,
-        )
-        self._links.send(device, answer, [data])
-
-
-def _read_slice(request: LoadRequest, wanted: m.WeightRequest) -> m.Array:
-    """A slice for a runner, after checking that it lies inside its tensor."""
-    info = next((t for t in request.tensors if t.name == wanted.name), None)
-    if info is None:
-        raise ProtocolError(f"a runner asked for the unknown tensor {wanted.name!r}")
-    is_inside = (
-        0 <= wanted.axis < len(info.shape)
-        and 0 <= wanted.start < wanted.end <= info.shape[wanted.axis]
-    )
-    if not is_inside:
-        raise ProtocolError(
-            f"a runner asked for {wanted.start}-{wanted.end} along axis {wanted.axis} of "
-            f"{wanted.name} {list(info.shape)}"
-        )
-    data = request.source.read_slice(wanted.name, wanted.axis, wanted.start, wanted.end)
-    return np.ascontiguousarray(data).reshape(-1)

@@ -274,12 +274,18 @@ class Load(Message, frozen=True):
 
 
 class HashesRequest(Message, frozen=True):
-    """A runner asks for the content hashes of a tensor, one per `unit` elements along `axis`."""
+    """A runner asks for the content hashes of a tensor, one per `unit` elements along `axis`.
+
+    Attributes:
+        start, end: half-open range of units.
+    """
 
     epoch: int
     name: str
     axis: int
     unit: int
+    start: int
+    end: int
 
 
 class SliceHashes(Message, frozen=True):
@@ -289,6 +295,8 @@ class SliceHashes(Message, frozen=True):
     name: str
     axis: int
     unit: int
+    start: int
+    end: int
 
 
 class WeightRequest(Message, frozen=True):

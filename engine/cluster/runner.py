@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
 from engine.cluster.peer_links import PeerLinks
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
+from engine.cluster.slice_cache import SliceCache
 from engine.cluster.stepping import Stepping, to_tensor
 from engine.cluster.torch_exchange import TorchExchange
 from engine.cluster.torch_group import Rendezvous
@@ -53,6 +55,8 @@ class Runner:
         exchange_endpoint: str,
         should_end: threading.Event,
         rendezvous_endpoint: str | None = None,
+        cache_folder: Path = Path(),
+        cache_limit_bytes: int = 0,
     ) -> None:
         """Listen.
 
@@ -62,6 +66,8 @@ class Runner:
             exchange_endpoint: where peers of the plan connect.
             should_end: set by whoever wants the loop to end.
             rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
+            cache_folder: where weights that came over the wire are kept, at most
+                `cache_limit_bytes` of them; 0 keeps none.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -87,6 +93,8 @@ class Runner:
         self._pending: collections.deque[tuple[m.Message, list[m.Array]]] = collections.deque()
         self._route = b""
         self._should_end = should_end
+        self._cache_folder = cache_folder
+        self._cache_limit_bytes = cache_limit_bytes
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
         self._stepping: Stepping | None = None
@@ -188,7 +196,7 @@ class Runner:
             self._aborted_epoch = max(self._aborted_epoch, message.epoch)
         elif isinstance(message, m.AbortStep):
             self._note_given_up(message)  # Its answer is on the way already.
-        elif isinstance(message, m.WeightSlice):
+        elif isinstance(message, m.WeightSlice | m.SliceHashes):
             pass  # Asked for by a load that failed since.
         else:
             raise ProtocolError(f"unexpected {type(message).__name__} for an idle runner")
@@ -276,33 +284,55 @@ class Runner:
         if packed_for != self._packed_for:
             self._packed = {}
         self._packed_for = packed_for
-        loader = Loader(load, shard, self._packed, self._torch_device)
         # What the old plan alone needed is dropped before the new weights come in.
-        self._packed = loader.store.packed
-        for request in loader.first_requests():
-            self._send(request)
-        while not loader.is_complete:
-            received = self._next(0.25)
-            if self._should_end.is_set():
+        loader = Loader(load, shard, self._packed, self._torch_device, self._open_cache)
+        with loader:
+            self._packed = loader.store.packed
+            if not self._bring_in(loader):
                 return
+        shard.take(loader.store.packed)
+        self._shard, self._loaded = shard, load
+        self._send(
+            m.Loaded(
+                epoch=load.epoch,
+                weight_bytes=loader.packed_bytes,
+                received_bytes=loader.received_bytes,
+                cached_bytes=loader.cached_bytes,
+                local_bytes=loader.local_bytes,
+            )
+        )
+
+    def _open_cache(self) -> SliceCache:
+        return SliceCache(self._cache_folder, self._cache_limit_bytes)
+
+    def _bring_in(self, loader: Loader) -> bool:
+        """Load until every weight is there; False where this process is to end."""
+        while not loader.is_complete:
+            for request in loader.messages():
+                self._send(request)
+            is_busy = loader.work()
+            received = self._next(0 if is_busy else 0.25)
+            if self._should_end.is_set():
+                return False
             if received is None:
+                if not is_busy:
+                    loader.rest()
                 continue
             message, tensors = received
-            if isinstance(message, m.WeightSlice):
-                for reply in loader.take_slice(message, tensors):
-                    self._send(reply)
+            if isinstance(message, m.WeightSlice | m.SliceHashes):
+                loader.take(message, tensors)
             elif isinstance(message, m.Abort):
                 raise _AbortedError
             elif isinstance(message, m.Failed):
                 raise ProtocolError(message.message)
             elif isinstance(message, m.Shutdown):
                 self._should_end.set()
-                return
+                return False
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__} while loading")
-        shard.take(loader.store.packed)
-        self._shard, self._loaded = shard, load
-        self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
+        for progress in loader.messages():
+            self._send(progress)
+        return True
 
     def _connect(self, message: m.Connect) -> None:
         """Connect to the peers, and answer once all of them do.

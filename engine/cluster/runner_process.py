@@ -10,8 +10,12 @@ import logging
 import os
 import sys
 import threading
+from pathlib import Path
 
 from engine.cluster.processes import answer_address, end_with_parent, read_greeting
+from engine.weights.models import cache_folder
+
+CACHE_LIMIT_BYTES = 50_000_000_000
 
 
 def main() -> None:
@@ -23,6 +27,7 @@ def main() -> None:
 
     from engine.cluster.runner import Runner
 
+    slices_folder = greeting.settings.get("cache_dir") or cache_folder() / "slices"
     runner = Runner(
         sys.argv[2],
         greeting.parent_key.encode("ascii"),
@@ -30,6 +35,8 @@ def main() -> None:
         str(greeting.settings["exchange_endpoint"]),
         should_end,
         greeting.settings.get("rendezvous_endpoint"),
+        Path(str(slices_folder)),
+        int(greeting.settings.get("cache_limit_bytes", CACHE_LIMIT_BYTES)),
     )
     endpoints = [runner.control_endpoint, runner.exchange_endpoint]
     if runner.rendezvous is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from engine.cluster.coordinator import LoadRequest
+from engine.cluster.local_copies import describe_files
 from engine.cluster.messages import Message
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.transport import Channel, address_that_reaches
@@ -27,6 +28,7 @@ from engine.host.recovery import nearest_plan, num_quanta, what_changed
 from engine.host.trusted_network import NodeTrust, check_trusted_network
 from engine.model.memory import check_memory, has_room_for_more, plan_memory
 from engine.plan.plan import Plan, PlanShape, Transport
+from engine.weights.models import cache_folder
 
 # A device that was lost again so soon after its runner was restarted is not restarted once more.
 RESTART_SECONDS = 60.0
@@ -375,6 +377,11 @@ class PlanApplication:
             checkpoint_id=model.identity,
             tensors=model.tensors,
             source=model.checkpoint,
+            files={
+                device: describe_files(model.checkpoint.files, self._is_this_computer(device))
+                for device in job.devices
+            },
+            hashes_path=cache_folder() / "hashes.sqlite",
         )
         self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
 
@@ -400,6 +407,11 @@ class PlanApplication:
             sharing = computers.count(computer)
             threads[device] = job.num_threads or max(1, info.num_cores // sharing)
         return threads
+
+    def _is_this_computer(self, device: str) -> bool:
+        """Whether a device's runner can open the files that this process can."""
+        node = self._nodes.node_of(device)
+        return node is not None and node.kind != "remote"
 
     def _computer(self, device: str) -> tuple[str, bool]:
         """What shares its cores with others: a computer's CPU runners, simulated nodes included."""

@@ -10,11 +10,12 @@ import logging
 import signal
 import socket
 import sys
+import time
 from typing import Annotated
 
 import typer
 
-from engine.cluster.join_token import NODE_NAME, JoinToken
+from engine.cluster.join_token import NODE_NAME, TOKEN_SECONDS, JoinToken
 from engine.cluster.security import new_key_pair
 from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
@@ -86,7 +87,7 @@ def _serve(name: str, host: str | None, port: int) -> None:
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
-    token = JoinToken(name, worker.endpoint, worker.keys.public, guest)
+    token = JoinToken(name, worker.endpoint, worker.keys.public, guest, time.time() + TOKEN_SECONDS)
     print(
         f"{name} listens on {worker.endpoint}. On the other computer: Add node in the window, or "
         "--node on the command line, with this token (whoever has it may use this computer until "

@@ -32,11 +32,18 @@ M = TypeVar("M")
 
 
 class Received(NamedTuple, Generic[M]):
-    """A decoded message, its tensors (read-only views), and the route back on a ROUTER."""
+    """A decoded message.
+
+    Attributes:
+        tensors: read-only views.
+        route: on a ROUTER, the way back.
+        peer_key: on a ROUTER, the public key (Z85) that the gatekeeper let in.
+    """
 
     message: M
     tensors: list[Array]
     route: bytes
+    peer_key: bytes = b""
 
 
 def new_local_endpoint() -> str:
@@ -53,19 +60,18 @@ def new_local_endpoint() -> str:
     return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
 
 
-def _prepare(socket: zmq.Socket[Any], is_watched: bool) -> None:
+def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) -> None:
     socket.linger = 0
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if socket.type == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # An answer nobody takes is an error.
     if not is_watched:
         # A reader that pauses must lose nothing, and is not dead: libzmq stops reading at a high
         # water mark, and would take the missing heartbeats for a lost connection.
         socket.sndhwm = socket.rcvhwm = 0
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         return
     socket.sndhwm = 1000
     socket.rcvhwm = 1000
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -79,17 +85,19 @@ def listen(
     endpoint: str,
     *,
     is_watched: bool = True,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> tuple[zmq.Socket[Any], str]:
     """Bind a socket that lets in the peers on the gatekeeper's list for `domain`.
 
     Args:
         endpoint: "ipc://…", or "tcp://ADDRESS:PORT" where PORT may be "*" or "FIRST-LAST".
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
+        max_message_bytes: a peer that sends a longer frame is disconnected.
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched)
+    _prepare(socket, is_watched, max_message_bytes)
     socket.curve_server = True  # Must be set before bind.
     socket.curve_secretkey = keys.secret
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
@@ -124,15 +132,17 @@ def connect(
     endpoint: str,
     *,
     is_watched: bool = True,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> zmq.Socket[Any]:
     """Connect to a listening socket whose public key is known.
 
     Args:
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
+        max_message_bytes: a peer that sends a longer frame is disconnected.
     Raises: ProtocolError: the endpoint or the key is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched)
+    _prepare(socket, is_watched, max_message_bytes)
     try:
         socket.curve_publickey = keys.public
         socket.curve_secretkey = keys.secret
@@ -154,6 +164,12 @@ def address_that_reaches(host: str) -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def _peer_key(frame: zmq.Frame) -> bytes:
+    """The key that the gatekeeper let in, which came with a frame."""
+    user_id = frame.get("User-Id")
+    return user_id.encode("ascii") if isinstance(user_id, str) else b""
 
 
 class Channel(Generic[M]):
@@ -196,13 +212,16 @@ class Channel(Generic[M]):
         """
         if timeout_ms != 0 and not self.socket.poll(timeout_ms):
             return None
+        route = peer_key = b""
         try:
+            if self._is_router:
+                first = self.socket.recv(zmq.DONTWAIT, copy=False)
+                route, peer_key = bytes(first.buffer), _peer_key(first)
             frames = self.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return None
-        route = frames.pop(0) if self._is_router else b""
         message, tensors = self._codec.decode(frames)
-        return Received(message, tensors, route)
+        return Received(message, tensors, route, peer_key)
 
     def close(self) -> None:
         """Close the socket; what was not sent is dropped."""

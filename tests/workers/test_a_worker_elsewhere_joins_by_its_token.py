@@ -93,8 +93,8 @@ def test_a_token_with_another_key_is_not_let_in(
 
 def test_a_damaged_token_is_refused() -> None:
     keys = new_key_pair()
-    token = JoinToken("box", "tcp://127.0.0.1:47500", keys.public, keys).encode()
+    token = JoinToken("box", "tcp://127.0.0.1:47500", keys.public, keys, 0.0).encode()
     assert decode_token(f" {token}\n").name == "box"
-    for damaged in (token[:-20], "shardmix1-", "hello", token[3:], token + "!"):
+    for damaged in (token[:-20], "shardmix2-", "hello", token[3:], token + "!"):
         with pytest.raises(PeerRefused, match="is not a join token"):
             decode_token(damaged)

@@ -140,21 +140,21 @@ def pair(
     ] = None,
 ) -> None:
     """Let an engine host in, after a look at six digits. Needs `shardmix-worker run`."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         pair_with_a_host(connection, yes_if)
 
 
 @app.command()
 def token() -> None:
     """Print a join token: it lets one engine host in, once, within ten minutes."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         print(connection.ask(local.MakeToken(), local.Token).token)
 
 
 @app.command()
 def status() -> None:
     """Tell who this worker is, who has it, who may, and who was not let in."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         answer = connection.ask(local.AskStatus(), local.Status)
         print("\n".join(status_lines(answer, time.time())))
 
@@ -164,7 +164,7 @@ def unpair(
     who: Annotated[str, typer.Argument(help="Name or fingerprint, as `status` shows them.")],
 ) -> None:
     """Let an engine host in no longer; one that is at work is ended."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         gone = connection.ask(local.Unpair(who=who), local.Unpaired)
         print(f"No longer paired with {gone.name} ({gone.fingerprint}).")
 

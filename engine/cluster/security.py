@@ -120,6 +120,23 @@ class Gatekeeper:
         with self._lock:
             return tuple(self._refusals)
 
+    def refuse(self, address: str, domain: str, key: bytes, reason: str) -> None:
+        """Record and log a refusal; also for those who find a reason of their own.
+
+        Args: as in `Refusal`.
+        """
+        now = time.time()
+        with self._lock:
+            is_told = any(
+                (r.domain, r.key, r.reason) == (domain, key, reason)
+                and now - r.time_s < REFUSAL_LOG_SECONDS
+                for r in self._refusals
+            )
+            self._refusals.append(Refusal(now, address, domain, key, reason))
+        shown = f" (key {key.decode('ascii')})" if key else ""
+        level = logging.DEBUG if is_told else logging.WARNING
+        logger.log(level, "refused %s on %s: %s%s", address, domain, reason, shown)
+
     def close(self) -> None:
         """End the thread and close its sockets."""
         self._stop.send(b"")
@@ -154,19 +171,6 @@ class Gatekeeper:
             # The key becomes User-Id of every message, for `Received.peer_key`.
             reply = [version, request_id, b"200", b"OK", key, b""]
         else:
-            self._refuse(address.decode("ascii", "replace"), domain, key, reason)
+            self.refuse(address.decode("ascii", "replace"), domain, key, reason)
             reply = [version, request_id, b"400", reason.encode(), b"", b""]
         self._socket.send_multipart(reply)
-
-    def _refuse(self, address: str, domain: str, key: bytes, reason: str) -> None:
-        now = time.time()
-        with self._lock:
-            is_told = any(
-                (r.domain, r.key, r.reason) == (domain, key, reason)
-                and now - r.time_s < REFUSAL_LOG_SECONDS
-                for r in self._refusals
-            )
-            self._refusals.append(Refusal(now, address, domain, key, reason))
-        shown = f" (key {key.decode('ascii')})" if key else ""
-        level = logging.DEBUG if is_told else logging.WARNING
-        logger.log(level, "refused %s on %s: %s%s", address, domain, reason, shown)

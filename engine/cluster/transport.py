@@ -47,6 +47,20 @@ class Received(NamedTuple, Generic[M]):
     peer_key: bytes = b""
 
 
+class Frames(NamedTuple):
+    """A message that nobody has read yet.
+
+    Attributes:
+        route, peer_key: as in `Received`.
+        peer_address: on a ROUTER, where it came from, for a log.
+    """
+
+    parts: list[bytes]
+    route: bytes
+    peer_key: bytes
+    peer_address: str
+
+
 def new_local_endpoint() -> str:
     """An endpoint only this computer can reach, never used before.
 
@@ -209,6 +223,12 @@ def _peer_key(frame: zmq.Frame) -> bytes:
     return user_id.encode("ascii") if isinstance(user_id, str) else b""
 
 
+def _peer_address(frame: zmq.Frame) -> str:
+    """Where a frame came from, without the port; "" over a local endpoint."""
+    address = frame.get("Peer-Address")
+    return address if isinstance(address, str) else ""
+
+
 class Channel(Generic[M]):
     """Typed messages over one socket; not for use by two threads at once."""
 
@@ -247,18 +267,32 @@ class Channel(Generic[M]):
             ProtocolError: the frames are not a message this end takes.
             PeerRefused: the peer speaks another protocol version.
         """
+        frames = self.receive_frames(timeout_ms)
+        return None if frames is None else self.decode(frames)
+
+    def receive_frames(self, timeout_ms: int = -1) -> Frames | None:
+        """What came within `timeout_ms`, unread, for who must know from whom it came anyway."""
         if timeout_ms != 0 and not self.socket.poll(timeout_ms):
             return None
         route = peer_key = b""
+        peer_address = ""
         try:
             if self._is_router:
                 first = self.socket.recv(zmq.DONTWAIT, copy=False)
                 route, peer_key = bytes(first.buffer), _peer_key(first)
-            frames = self.socket.recv_multipart(zmq.DONTWAIT)
+                peer_address = _peer_address(first)
+            parts = self.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return None
-        message, tensors = self._codec.decode(frames)
-        return Received(message, tensors, route, peer_key)
+        return Frames(parts, route, peer_key, peer_address)
+
+    def decode(self, frames: Frames) -> Received[M]:
+        """Read what `receive_frames` gave.
+
+        Raises: ProtocolError, PeerRefused: as `receive`.
+        """
+        message, tensors = self._codec.decode(frames.parts)
+        return Received(message, tensors, frames.route, frames.peer_key)
 
     def close(self) -> None:
         """Close the socket; what was not sent is dropped."""

@@ -126,6 +126,18 @@ class Enrolled(Message, frozen=True):
     """The key of Enroll is on the allow list."""
 
 
+class Ping(Message, frozen=True):
+    """The engine host times the way to a worker and back; `number` is returned in Pong."""
+
+    number: int
+
+
+class Pong(Message, frozen=True):
+    """Answer to Ping, at once."""
+
+    number: int
+
+
 class DeviceSpeed(Message, frozen=True):
     """What a device reached when it measured itself.
 
@@ -487,10 +499,11 @@ class HandOver(Message, frozen=True):
     has_residual: bool
 
 
-WORKER_ACCEPTS = Hello | Enroll | StartRunner | StopRunner | Shutdown
+WORKER_ACCEPTS = Hello | Ping | Enroll | StartRunner | StopRunner | Shutdown
 WORKER_SENDS = (
     NodeDescription
     | Busy
+    | Pong
     | Enrolled
     | SpeedReport
     | RunnerStarted

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from engine.cluster.messages import Message
 from engine.cluster.security import KeyPair, is_public_key
-from engine.errors import PeerRefused
+from engine.errors import PeerRefused, one_line
 
 # Pairing has a socket of its own, on the port after the worker's.
 PAIRING_PORT_OFFSET = 1
@@ -180,7 +180,7 @@ class Pairing:
         if self._is_over():
             raise PeerRefused("this attempt to pair is over; begin another one")
         if isinstance(message, PairRefused):
-            self._end(f"the other computer refused to pair: {_one_line(message.reason)}")
+            self._end(f"the other computer refused to pair: {one_line(message.reason)}")
         if self.peer_key and shown_key not in (b"", self.peer_key):
             self._end("somebody else answered in the middle of pairing")
         if isinstance(message, PairVerdict):
@@ -274,8 +274,3 @@ class Pairing:
 
     def _conclude(self) -> None:
         self.is_paired = self._own_verdict is True and self._peer_verdict is True
-
-
-def _one_line(text: str) -> str:
-    """A peer's text, fit for a log."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import zmq
 
+from engine.cluster.connection_watch import ConnectionWatch
 from engine.cluster.messages import Array, Codec, Message
 from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
@@ -158,16 +159,52 @@ def connect(
     socket = context.socket(kind)
     _prepare(socket, is_watched, max_message_bytes)
     try:
+        _dial(socket, keys, server_key, endpoint)
+    except ProtocolError:
+        socket.close(linger=0)
+        raise
+    return socket
+
+
+def connect_once(
+    context: zmq.Context[Any],
+    keys: KeyPair,
+    server_key: bytes,
+    endpoint: str,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> tuple[zmq.Socket[Any], ConnectionWatch]:
+    """Connect a DEALER whose owner is told how it ends, and who then makes another one.
+
+    A socket that connects again by itself would deliver what was meant for a worker that has since
+    forgotten it.
+
+    Args: as `connect`.
+    Raises: ProtocolError: the endpoint or the key is not one.
+    """
+    socket = context.socket(zmq.DEALER)
+    _prepare(socket, True, max_message_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    watch = ConnectionWatch(socket)
+    try:
+        _dial(socket, keys, server_key, endpoint)
+    except ProtocolError:
+        watch.close()
+        socket.close(linger=0)
+        raise
+    return socket, watch
+
+
+def _dial(socket: zmq.Socket[Any], keys: KeyPair, server_key: bytes, endpoint: str) -> None:
+    try:
         socket.curve_publickey = keys.public
         socket.curve_secretkey = keys.secret
         socket.curve_serverkey = server_key
         socket.connect(endpoint)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
         raise ProtocolError(
             f"cannot connect to {endpoint[:100]!r}: address or key is wrong ({error.strerror})"
         ) from error
-    return socket
 
 
 def address_that_reaches(host: str) -> str:

@@ -19,6 +19,7 @@ from engine.cluster.security import new_key_pair
 from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
 from workers.daemon import RUNNER_PORTS, Worker
+from workers.install.commands import install, uninstall
 
 app = typer.Typer(
     add_completion=False,
@@ -54,6 +55,10 @@ def run(
     except EngineError as error:
         print(f"shardmix-worker: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+app.command()(install)
+app.command()(uninstall)
 
 
 def _serve(name: str, host: str | None, port: int) -> None:

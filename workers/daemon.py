@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import queue
 import socket
 import sys
@@ -32,7 +31,7 @@ from engine.cluster.processes import (
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
 from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.errors import EngineError, WorkerLost
-from workers.telemetry import Meter, list_devices, machine_id
+from workers.telemetry import Meter, list_devices, machine_id, system_label
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Worker:
         self._runners: dict[str, Child] = {}
         self._route = b""
         self._heard_at = time.monotonic()
-        self._meter = Meter()
+        self._meter = Meter(name)
         self._events: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
         self._should_end = threading.Event()
         self._helpers: list[threading.Thread] = []
@@ -122,6 +121,7 @@ class Worker:
         self._end_runners()
         for thread in self._helpers:
             thread.join(RUNNER_END_SECONDS)
+        self._meter.close()
         self._control.close()
         self._gatekeeper.close()
         self._context.term()
@@ -168,7 +168,7 @@ class Worker:
             name=self.name,
             host_name=socket.gethostname(),
             machine=machine_id(),
-            system=f"{platform.system()} {platform.release()}",
+            system=system_label(),
             version=metadata.version("shardmix"),
             pid=os.getpid(),
             devices=list_devices(self.name),

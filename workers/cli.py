@@ -18,6 +18,7 @@ from engine.cluster.join_token import NODE_NAME, JoinToken
 from engine.cluster.security import new_key_pair
 from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
+from workers.cli_speed import speed
 from workers.daemon import RUNNER_PORTS, Worker
 from workers.install.commands import install, uninstall
 
@@ -59,6 +60,7 @@ def run(
 
 app.command()(install)
 app.command()(uninstall)
+app.command()(speed)
 
 
 def _serve(name: str, host: str | None, port: int) -> None:

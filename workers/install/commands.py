@@ -37,6 +37,10 @@ def install(
     trusted_network: Annotated[
         bool, typer.Option("--trusted-network", help="Allow exchanges that are not encrypted.")
     ] = False,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where slices of weights are kept.")
+    ] = None,
+    cache_limit: Annotated[str | None, typer.Option(help="The most that they take.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Start the worker at boot from now on, with these flags of `run`."""
@@ -48,6 +52,8 @@ def install(
         "--memory-limit": memory_limit,
         "--threads": threads,
         "--leave-cores": leave_cores,
+        "--cache-dir": None if cache_dir is None else str(cache_dir.absolute()),
+        "--cache-limit": cache_limit,
     }
     arguments = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
     if trusted_network:

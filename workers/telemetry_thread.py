@@ -56,6 +56,8 @@ class TelemetryThread:
             self._is_ending = True
             self._change.notify()
         self._thread.join(END_SECONDS)
+        if not self._thread.is_alive():
+            self._meter.close()
 
     def _run(self) -> None:
         watched: set[int] = set()

@@ -206,11 +206,11 @@ class Worker:
 
     def _refuse(self, frames: Frames, error: EngineError) -> None:
         """Answer what cannot be served; an older version may not understand even that."""
-        if isinstance(error, PeerRefused):
-            self._gatekeeper.refuse(frames.peer_address, DOMAIN, frames.peer_key, str(error))
+        key = frames.peer_key
+        if isinstance(error, PeerRefused) and self._access.standing(key) != "owner":
+            self._gatekeeper.refuse(frames.peer_address, DOMAIN, key, str(error))
         else:
-            mark = fingerprint(frames.peer_key)
-            logger.warning("%s from %s: %s", type(error).__name__, mark, error)
+            logger.info("%s from %s: %s", type(error).__name__, fingerprint(key), error)
         self._send(m.Failed(epoch=0, error=type(error).__name__, message=str(error)), frames.route)
 
     def _handle(self, message: m.Message, frames: Frames) -> None:

@@ -30,9 +30,23 @@ case "$(basename "$0") $*" in
     *" show "*) cat "$SANDBOX_STATE" ;;
     *journalctl*) echo "the port is taken" ;;
 esac
+if [ -n "$SANDBOX_HANG" ]; then
+    case " $* " in *" $SANDBOX_HANG "*) exec sleep 60 ;; esac
+fi
 if [ -n "$SANDBOX_FAIL" ]; then
     case " $* " in *" $SANDBOX_FAIL "*) echo "refused by the test" >&2; exit 7 ;; esac
 fi
+"""
+
+
+COMMANDS = """
+import typer
+from workers.install.commands import install, uninstall
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(install)
+app.command()(uninstall)
+app()
 """
 
 
@@ -89,27 +103,45 @@ class FakeManager:
         self._state.write_text(shown, encoding="utf-8")
 
     def run(self, *arguments: str, fail_on: str = "") -> subprocess.CompletedProcess[str]:
-        """`shardmix-worker` in this sandbox.
+        """A command of `workers.install` in this sandbox, without the rest of the worker.
 
         Args:
             fail_on: the argument at which systemctl or loginctl fails.
         """
-        return self.run_python("-m", "workers.cli", *arguments, variables={"SANDBOX_FAIL": fail_on})
+        return self.run_python("-c", COMMANDS, *arguments, variables={"SANDBOX_FAIL": fail_on})
+
+    def start(self, *arguments: str, hang_on: str) -> subprocess.Popen[str]:
+        """Begin a command in this sandbox; systemctl or loginctl hangs at an argument."""
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", COMMANDS, *arguments],
+            env=self._variables({"SANDBOX_HANG": hang_on}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
 
     def run_python(
         self, *arguments: str, variables: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Python in this sandbox."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDMIX_", "XDG_"))}
         return subprocess.run(
             [sys.executable, "-P", *arguments],
-            env={**kept, **self.environment, **(variables or {})},
+            env=self._variables(variables or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             timeout=COMMAND_SECONDS,
             check=False,
         )
+
+    def _variables(self, further: Mapping[str, str]) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDMIX_", "XDG_"))}
+        return {**kept, **self.environment, **further}
+
+    def is_called(self, argument: str) -> bool:
+        """Whether systemctl or loginctl was called with this argument."""
+        return self._log.exists() and f" {argument} " in self._log.read_text(encoding="utf-8")
 
     def commands(self) -> list[str]:
         """The commands that change something, since the last call."""
@@ -119,11 +151,14 @@ class FakeManager:
         return [line for line in lines if not line.startswith(asks)]
 
 
-_BOOT = """
+_ISOLATE = ("unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "--kill-child")
+_MOUNT = """
 set -e
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+"""
+_BOOT = f"""{_MOUNT}
 mkdir -p /run/systemd/system "$XDG_RUNTIME_DIR"
 chmod 700 "$XDG_RUNTIME_DIR"
 # Not by exec: as the first process of a computer systemd is no user's manager.
@@ -165,10 +200,11 @@ def why_no_user_manager() -> str:
             return f"{program} is missing"
     if not Path("/lib/systemd/systemd").exists():
         return "systemd is not installed"
-    if _unified_control_groups() is None:
-        return "no unified control groups are mounted"
+    groups = _unified_control_groups()
+    if groups is None or not os.access(groups, os.W_OK):
+        return "unified control groups are not mounted, or read only"
     tried = subprocess.run(
-        ["unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "true"],
+        [*_ISOLATE, "sh", "-c", _MOUNT],
         capture_output=True,
         encoding="utf-8",
         timeout=COMMAND_SECONDS,
@@ -192,10 +228,9 @@ def user_manager(fake: FakeManager, variables: Mapping[str, str]) -> Iterator[Us
     environment.update(variables)
     environment.pop("DBUS_SESSION_BUS_ADDRESS", None)
     group.mkdir()
-    isolate = "unshare --mount --cgroup --pid --fork --mount-proc --kill-child"
     script = f"""
         echo $$ >{shlex.quote(str(group / "cgroup.procs"))} || exit 3
-        exec {isolate} sh -c {shlex.quote(_BOOT)}
+        exec {shlex.join([*_ISOLATE, "sh", "-c", _BOOT])}
     """
     outside = subprocess.Popen(["sh", "-c", script], env=environment, stdin=subprocess.DEVNULL)
     try:

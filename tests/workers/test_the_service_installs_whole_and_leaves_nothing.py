@@ -6,7 +6,9 @@ systemctl and loginctl are scripts that write down how they were called.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from workers.install.steps import InstallError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux's")
 
+WAIT_SECONDS = 30.0
 FLAGS = ("--name", "attic", "--port", "47612", "--threads", "3", "--trusted-network")
 
 
@@ -47,7 +50,7 @@ def shown_files(text: str) -> dict[str, str]:
 
 def test_a_dry_run_shows_every_file_and_command_and_changes_nothing(manager: FakeManager) -> None:
     before = snapshot(manager.home)
-    dry = manager.run("install", "--dry-run", *FLAGS)
+    dry = manager.run_python("-m", "workers.cli", "install", "--dry-run", *FLAGS)
     assert dry.returncode == 0, dry.stderr
     assert snapshot(manager.home) == before
     assert manager.commands() == []
@@ -69,12 +72,18 @@ def test_the_unit_starts_this_interpreter_with_the_flags_and_folders_given(
     manager: FakeManager, tmp_path: Path
 ) -> None:
     done = manager.run_python(
-        "-m", "workers.cli", "install", *FLAGS, variables={"SHARDMIX_CACHE": "relative/cache"}
+        *("-m", "workers.cli", "install", *FLAGS, "--devices", "cpu,cuda0"),
+        *("--memory-limit", "75%", "--leave-cores", "1", "--cache-dir", "slices"),
+        variables={"SHARDMIX_CACHE": "relative/cache"},
     )
     assert done.returncode == 0, done.stderr
     unit = manager.unit.read_text(encoding="utf-8")
     assert f'ExecStart=:"{sys.executable}" "-P" "-m" "workers.cli" "run" "--name=attic"' in unit
-    assert '"--port=47612" "--threads=3" "--trusted-network"\n' in unit
+    rest = (
+        '"--port=47612" "--devices=cpu,cuda0" "--memory-limit=75%%" "--threads=3" '
+        f'"--leave-cores=1" "--cache-dir={Path.cwd()}/slices" "--trusted-network"\n'
+    )
+    assert rest in unit
     assert f'Environment="SHARDMIX_CACHE={Path.cwd()}/relative/cache"\n' in unit
     assert "SHARDMIX_CONFIG" not in unit
 
@@ -125,6 +134,20 @@ def test_a_failure_in_the_middle_takes_everything_back(manager: FakeManager, fai
         was_done = done_verb in verbs and done_verb != failing
         assert (undo_verb in verbs) is was_done, verbs
     assert verbs[-1] == "daemon-reload"
+
+
+def test_an_interrupted_installation_is_taken_back(manager: FakeManager) -> None:
+    process = manager.start("install", hang_on="enable")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not manager.is_called("enable"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode not in (0, None)
+    assert list(manager.home.iterdir()) == []
+    verbs = [line.split()[2] for line in manager.commands()]
+    assert verbs == ["daemon-reload", "enable-linger", "enable", "disable-linger", "daemon-reload"]
 
 
 def test_a_failed_change_brings_the_old_unit_back(manager: FakeManager) -> None:

@@ -136,12 +136,19 @@ def fake(tmp_path: Path) -> FakeManager:
 
 
 @pytest.fixture
-def manager(fake: FakeManager) -> Iterator[UserManager]:
+def manager(fake: FakeManager, tmp_path: Path) -> Iterator[UserManager]:
     reason = why_no_user_manager()
     if reason:
         pytest.skip(reason)
     root = str(Path(__file__).resolve().parents[2])
-    with user_manager(fake, {"PYTHONPATH": root, "SHARDMIX_DISCOVERY": "off"}) as running:
+    variables = {
+        "PYTHONPATH": root,
+        "SHARDMIX_DISCOVERY": "off",
+        # What the worker itself keeps is not the service's.
+        "SHARDMIX_CONFIG": str(tmp_path / "settings"),
+        "SHARDMIX_CACHE": str(tmp_path / "cache"),
+    }
+    with user_manager(fake, variables) as running:
         yield running
 
 

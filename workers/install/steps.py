@@ -109,6 +109,9 @@ def execute(
             left = _perform_all([*undo, *after_undo] if undo else [])
             state = f"left behind: {'; '.join(left)}" if left else "nothing was left behind"
             raise InstallError(f"{error}; {state}") from None
+        except KeyboardInterrupt:
+            _perform_all([*undo, *after_undo] if undo else [])
+            raise
 
 
 def execute_all(steps: Sequence[Step], *, announce: Callable[[str], None]) -> None:

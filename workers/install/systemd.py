@@ -94,7 +94,7 @@ class SystemdService:
         ]
         if footprint.turned_on_linger:
             steps.append(RunCommand(command=_linger("disable")))
-        steps += [RemoveFolder(path=file.parents[index]) for index in range(footprint.made_folders)]
+        steps += [RemoveFolder(path=folder) for folder in file.parents[: footprint.made_folders]]
         return steps
 
     def lines(self) -> list[str]:
@@ -166,17 +166,22 @@ def _unit_path() -> str:
 
 
 def _unit_file() -> Path:
-    """Where our unit belongs; the manager's own environment decides, not this shell's."""
+    """Where our unit is or belongs.
+
+    A new one belongs where the manager looks, whose environment need not be this shell's.
+    """
     home = Path.home() / ".config"
     chosen = os.environ.get("XDG_CONFIG_HOME", "")
     config = Path(chosen) if Path(chosen).is_absolute() else home
-    folders = [folder / "systemd" / "user" for folder in (config, home)]
+    files = [folder / "systemd" / "user" / UNIT for folder in (config, home)]
+    for file in files:
+        if file.exists():
+            return file
     try:
         known = _unit_path()
     except InstallError:
         known = ""
-    folder = next((folder for folder in folders if str(folder) in known), folders[0])
-    return folder / UNIT
+    return next((file for file in files if str(file.parent) in known), files[0])
 
 
 def _read_unit(file: Path) -> str | None:

@@ -78,7 +78,7 @@ WantedBy=default.target
 def read_footprint(unit: str) -> Footprint:
     """What the installation that wrote this unit changed; nothing where it does not say."""
     linger = re.search(rf"^{_LINGER_KEY}=(yes|no)$", unit, re.MULTILINE)
-    folders = re.search(rf"^{_FOLDERS_KEY}=(\d)$", unit, re.MULTILINE)
+    folders = re.search(rf"^{_FOLDERS_KEY}=(\d+)$", unit, re.MULTILINE)
     return Footprint(
         turned_on_linger=linger is not None and linger[1] == "yes",
         made_folders=int(folders[1]) if folders else 0,

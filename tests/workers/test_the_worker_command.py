@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from typer.testing import CliRunner
 
 from engine.cluster import messages as m
 from engine.cluster.join_token import decode_token
 from engine.cluster.security import new_key_pair
-from tests.workers.hosts import PATIENCE_SECONDS, Host, PairingHost
+from tests.workers.hosts import PATIENCE_SECONDS, Host, PairingHost, wait_until
 from tests.workers.worker_command import WorkerCommand
+from workers.cli import app
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -31,14 +34,13 @@ def box(tmp_path: Path) -> Iterator[WorkerCommand]:
     computer.close()
 
 
-def test_without_a_worker_every_command_says_so_in_one_line(box: WorkerCommand) -> None:
-    for command in (["status"], ["token"], ["pair"], ["unpair", "desk"]):
-        code, _, errors = box.command(*command)
-        assert code == 1
-        assert errors == (
-            "shardmix-worker: no worker runs on this computer; start one with "
-            "`shardmix-worker run`\n"
-        )
+@pytest.mark.parametrize("command", [["status"], ["token"], ["pair"], ["unpair", "desk"]])
+def test_without_a_worker_every_command_says_so_in_one_line(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "shardmix-worker: no worker runs on this computer; start one with `shardmix-worker run`\n"
+    )
 
 
 def test_it_tells_who_it_is_and_ends_when_told(box: WorkerCommand) -> None:
@@ -68,10 +70,18 @@ def test_it_tells_who_it_is_and_ends_when_told(box: WorkerCommand) -> None:
         assert code == 1
         assert "runs already" in errors
         assert errors.count("\n") == 1
+        host.say(m.StartRunner(device="box/cpu", listen_address=""))
+        assert box.process is not None
+        worker = psutil.Process(box.process.pid)
+        wait_until(lambda: bool(_runners_of(worker)), "a runner has begun to start")
+        # A measurement of speed runs too: figures of two cores say nothing of one.
+        started = worker.children(recursive=True)
         before = time.monotonic()
         code, errors = box.signal(signal.SIGTERM)
         assert code == 0, errors
         assert time.monotonic() - before < END_SECONDS
+        _, alive = psutil.wait_procs(started, timeout=END_SECONDS)
+        assert not alive
     assert not (box.settings / "worker.json").exists()
 
 
@@ -129,6 +139,10 @@ def test_pairing_by_a_script(box: WorkerCommand, is_same: bool) -> None:
     else:
         assert "not paired: the codes were not the same" in errors
         assert "not paired: the codes were not the same" in waiting_errors
+
+
+def _runners_of(worker: psutil.Process) -> list[psutil.Process]:
+    return [child for child in worker.children() if "shardmix-runner" in child.cmdline()]
 
 
 def _reach_code(desk: PairingHost, pairing: subprocess.Popen[str]) -> str:

@@ -64,3 +64,8 @@ def error_by_name(name: str, message: str) -> EngineError:
         if kind.__name__ == name:
             return kind(message)
     return EngineError(message)
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text of a peer or a file, fit for an error or a log: printable, one line, not for ever."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -17,6 +18,9 @@ from hypothesis import HealthCheck, settings
 # Ctrl+C; with a handler here the children begin with the system's own answer to it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests find nobody, and nobody finds them, unless they ask for an interface.
+os.environ["SHARDMIX_DISCOVERY"] = "off"
 
 # Before anything imports Qt.
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
@@ -36,6 +40,25 @@ _STANDARD_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkse
 EXIT_INTERRUPTED = 130
 
 _interrupts: list[BaseException] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keys and trusted computers of what wider fixtures start; never those of the person here."""
+    folder = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDMIX_CONFIG", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_settings(
+    settings_folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An installation of its own for every test: what one pairs with, the next does not know."""
+    folder = settings_folder / hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    monkeypatch.setenv("SHARDMIX_CONFIG", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

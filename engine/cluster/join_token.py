@@ -1,7 +1,8 @@
 """The one line that lets an engine host in: where a worker listens, its key, and a key to come with.
 
-Made anew at each start of a worker and good for as long as it runs. Whoever has the line may use
-the worker, so it is shown to the person at the worker's terminal and sent nowhere.
+It works once and not for long: whoever comes with its guest key may name a permanent key to be
+trusted (`messages.Enroll`), and the worker then drops the guest key. Until then whoever has the
+line may do so; it is shown to the person at the worker's terminal and sent nowhere.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import struct
 
 import msgspec
-import zmq.utils.z85
 
-from engine.cluster.security import KeyPair
+from engine.cluster.security import KeyPair, is_public_key
 from engine.errors import PeerRefused
 
-PREFIX = "shardmix1-"
+PREFIX = "shardmix2-"
+TOKEN_SECONDS = 600.0
 NODE_NAME = re.compile(r"(?!(?:this|local-\d+)$)[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -27,13 +27,15 @@ class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     Attributes:
         endpoint: the worker's control socket, "tcp://ADDRESS:PORT".
         public_key: the worker's.
-        guest: the key pair the engine host uses with this worker.
+        guest: the key pair that the engine host comes with the first time.
+        expires_s: when the worker drops the guest key, seconds since the epoch by its clock.
     """
 
     name: str
     endpoint: str
     public_key: bytes
     guest: KeyPair
+    expires_s: float
 
     def encode(self) -> str:
         """The line."""
@@ -54,12 +56,12 @@ def decode_token(line: str) -> JoinToken:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         token = msgspec.msgpack.decode(raw, type=JoinToken)
         keys = (token.public_key, token.guest.public, token.guest.secret)
-        if not all(len(key) == 40 and len(zmq.utils.z85.decode(key)) == 32 for key in keys):
+        if not all(is_public_key(key) for key in keys):
             raise ValueError
         if not NODE_NAME.fullmatch(token.name) or not token.endpoint.startswith("tcp://"):
             raise ValueError
         return token
-    except (ValueError, KeyError, struct.error, binascii.Error, msgspec.DecodeError):
+    except (ValueError, binascii.Error, msgspec.DecodeError):
         raise PeerRefused(
             f"{text[:20]!r}… is not a join token ({PREFIX}…); copy the whole line that "
             "`shardmix-worker run` prints on the other computer"

@@ -126,6 +126,18 @@ class Enrolled(Message, frozen=True):
     """The key of Enroll is on the allow list."""
 
 
+class Probe(Message, frozen=True):
+    """The engine host times the way to a worker and back; `number` is returned in ProbeAnswer."""
+
+    number: int
+
+
+class ProbeAnswer(Message, frozen=True):
+    """Answer to Probe, at once."""
+
+    number: int
+
+
 class DeviceSpeed(Message, frozen=True):
     """What a device reached when it measured itself.
 
@@ -538,10 +550,11 @@ class Pong(Message, frozen=True):
     number: int
 
 
-WORKER_ACCEPTS = Hello | Enroll | StartRunner | StopRunner | Shutdown
+WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown
 WORKER_SENDS = (
     NodeDescription
     | Busy
+    | ProbeAnswer
     | Enrolled
     | SpeedReport
     | RunnerStarted

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,11 @@ from engine.errors import WorkerLost
 logger = logging.getLogger(__name__)
 
 LAST_WORDS = 20
+# Of them, in the line that tells why a process ended.
+SHOWN_LINES = 3
+MAX_WORDS = 300
+# How Python, C++ and torch put it.
+OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|OutOfMemoryError|out of memory|can't allocate")
 T = TypeVar("T")
 
 
@@ -113,7 +119,9 @@ class Child:
             ) from None
         if not line:
             self._waiter.join(2)
-            raise WorkerLost(f"{self.name} ended at its start: {self.cause()}")
+            cause = self.cause()
+            self.end(0)
+            raise WorkerLost(f"{self.name} ended at its start: {cause}")
         try:
             return msgspec.json.decode(line, type=Address)
         except msgspec.DecodeError:
@@ -122,23 +130,16 @@ class Child:
                 f"{self.name} said {line[:80]!r} instead of where it listens"
             ) from None
 
-    def cause(self) -> str:
-        """Why the process ended, in one line: exit code or signal, and its last words."""
+    def cause(self, *, is_out_of_memory: bool = False) -> str:
+        """Why the process ended, in one line: exit code or signal, and its last words.
+
+        Args:
+            is_out_of_memory: whether the kernel says that it ended a process for memory.
+        """
         code = self.process.poll()
         if code is None:
             return "it still runs"
-        if code < 0:
-            try:
-                name = signal.Signals(-code).name
-            except ValueError:
-                name = f"signal {-code}"
-            how = f"killed by {name}"
-            if name == "SIGKILL":
-                how += " (ended by someone, or out of memory)"
-        else:
-            how = f"exit code {code}"
-        words = next((line for line in reversed(self._last_words) if line.strip()), "")
-        return f"{how}; last words: {words.strip()[:300]}" if words else how
+        return describe_exit(code, tuple(self._last_words), is_out_of_memory)
 
     def end(self, patience_seconds: float = 2.0) -> None:
         """Close its standard input, wait, then kill; returns when it is gone."""
@@ -177,10 +178,37 @@ class Child:
 
     def _wait(self, on_exit: Callable[[Child], None] | None) -> None:
         self.process.wait()
+        # Its last words; but what it started may hold the pipes for ever.
         for thread in self._threads:
-            thread.join(1)
+            thread.join(0.5)
         if on_exit is not None:
             on_exit(self)
+
+
+def describe_exit(code: int, words: Sequence[str], is_out_of_memory: bool) -> str:
+    """One line on a process that ended.
+
+    Args:
+        code: exit code, or the negative number of the signal.
+        words: lines that it wrote, the last one last.
+        is_out_of_memory: whether the kernel says that it ended a process for memory.
+    """
+    said = [line.strip()[:MAX_WORDS] for line in words if line.strip()][-SHOWN_LINES:]
+    if code >= 0:
+        how = f"exit code {code}"
+    else:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        how = f"killed by {name}"
+        if name == "SIGKILL" and is_out_of_memory:
+            how = "out of memory: the system killed it by SIGKILL"
+        elif name == "SIGKILL":
+            how += " (ended by someone, or out of memory)"
+    if code not in (0, -signal.SIGTERM) and any(OUT_OF_MEMORY.search(line) for line in said):
+        how = f"out of memory, {how}"
+    return f"{how}; last words: {' / '.join(said)}" if said else how
 
 
 def read_greeting() -> Greeting:

@@ -27,14 +27,15 @@ def main() -> None:
 
     from engine.cluster.runner import Runner
 
+    exchange_endpoint = str(greeting.settings["exchange_endpoint"])
     slices_folder = greeting.settings.get("cache_dir") or cache_folder() / "slices"
     runner = Runner(
         sys.argv[2],
         greeting.parent_key.encode("ascii"),
         str(greeting.settings["control_endpoint"]),
-        str(greeting.settings["exchange_endpoint"]),
+        exchange_endpoint,
         should_end,
-        greeting.settings.get("rendezvous_endpoint"),
+        exchange_endpoint if greeting.settings.get("transport") == "torch" else None,
         Path(str(slices_folder)),
         int(greeting.settings.get("cache_limit_bytes", CACHE_LIMIT_BYTES)),
     )

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import zmq
 
+from engine.cluster.connection_watch import ConnectionWatch
 from engine.cluster.messages import Array, Codec, Message
 from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
@@ -32,11 +33,32 @@ M = TypeVar("M")
 
 
 class Received(NamedTuple, Generic[M]):
-    """A decoded message, its tensors (read-only views), and the route back on a ROUTER."""
+    """A decoded message.
+
+    Attributes:
+        tensors: read-only views.
+        route: on a ROUTER, the way back.
+        peer_key: on a ROUTER, the public key (Z85) that the gatekeeper let in.
+    """
 
     message: M
     tensors: list[Array]
     route: bytes
+    peer_key: bytes = b""
+
+
+class Frames(NamedTuple):
+    """A message that nobody has read yet.
+
+    Attributes:
+        route, peer_key: as in `Received`.
+        peer_address: on a ROUTER, where it came from, for a log.
+    """
+
+    parts: list[bytes]
+    route: bytes
+    peer_key: bytes
+    peer_address: str
 
 
 def new_local_endpoint() -> str:
@@ -53,19 +75,18 @@ def new_local_endpoint() -> str:
     return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
 
 
-def _prepare(socket: zmq.Socket[Any], is_watched: bool) -> None:
+def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) -> None:
     socket.linger = 0
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if socket.type == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # An answer nobody takes is an error.
     if not is_watched:
         # A reader that pauses must lose nothing, and is not dead: libzmq stops reading at a high
         # water mark, and would take the missing heartbeats for a lost connection.
         socket.sndhwm = socket.rcvhwm = 0
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         return
     socket.sndhwm = 1000
     socket.rcvhwm = 1000
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -79,17 +100,19 @@ def listen(
     endpoint: str,
     *,
     is_watched: bool = True,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> tuple[zmq.Socket[Any], str]:
     """Bind a socket that lets in the peers on the gatekeeper's list for `domain`.
 
     Args:
         endpoint: "ipc://…", or "tcp://ADDRESS:PORT" where PORT may be "*" or "FIRST-LAST".
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
+        max_message_bytes: a peer that sends a longer frame is disconnected.
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched)
+    _prepare(socket, is_watched, max_message_bytes)
     socket.curve_server = True  # Must be set before bind.
     socket.curve_secretkey = keys.secret
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
@@ -124,26 +147,64 @@ def connect(
     endpoint: str,
     *,
     is_watched: bool = True,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> zmq.Socket[Any]:
     """Connect to a listening socket whose public key is known.
 
     Args:
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
+        max_message_bytes: a peer that sends a longer frame is disconnected.
     Raises: ProtocolError: the endpoint or the key is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched)
+    _prepare(socket, is_watched, max_message_bytes)
+    try:
+        _dial(socket, keys, server_key, endpoint)
+    except ProtocolError:
+        socket.close(linger=0)
+        raise
+    return socket
+
+
+def connect_once(
+    context: zmq.Context[Any],
+    keys: KeyPair,
+    server_key: bytes,
+    endpoint: str,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> tuple[zmq.Socket[Any], ConnectionWatch]:
+    """Connect a DEALER whose owner is told how it ends, and who then makes another one.
+
+    A socket that connects again by itself would deliver what was meant for a worker that has since
+    forgotten it.
+
+    Args: as `connect`.
+    Raises: ProtocolError: the endpoint or the key is not one.
+    """
+    socket = context.socket(zmq.DEALER)
+    _prepare(socket, True, max_message_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    watch = ConnectionWatch(socket)
+    try:
+        _dial(socket, keys, server_key, endpoint)
+    except ProtocolError:
+        watch.close()
+        socket.close(linger=0)
+        raise
+    return socket, watch
+
+
+def _dial(socket: zmq.Socket[Any], keys: KeyPair, server_key: bytes, endpoint: str) -> None:
     try:
         socket.curve_publickey = keys.public
         socket.curve_secretkey = keys.secret
         socket.curve_serverkey = server_key
         socket.connect(endpoint)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
         raise ProtocolError(
             f"cannot connect to {endpoint[:100]!r}: address or key is wrong ({error.strerror})"
         ) from error
-    return socket
 
 
 def address_that_reaches(host: str) -> str:
@@ -154,6 +215,18 @@ def address_that_reaches(host: str) -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def _peer_key(frame: zmq.Frame) -> bytes:
+    """The key that the gatekeeper let in, which came with a frame."""
+    user_id = frame.get("User-Id")
+    return user_id.encode("ascii") if isinstance(user_id, str) else b""
+
+
+def _peer_address(frame: zmq.Frame) -> str:
+    """Where a frame came from, without the port; "" over a local endpoint."""
+    address = frame.get("Peer-Address")
+    return address if isinstance(address, str) else ""
 
 
 class Channel(Generic[M]):
@@ -194,15 +267,32 @@ class Channel(Generic[M]):
             ProtocolError: the frames are not a message this end takes.
             PeerRefused: the peer speaks another protocol version.
         """
+        frames = self.receive_frames(timeout_ms)
+        return None if frames is None else self.decode(frames)
+
+    def receive_frames(self, timeout_ms: int = -1) -> Frames | None:
+        """What came within `timeout_ms`, unread, for who must know from whom it came anyway."""
         if timeout_ms != 0 and not self.socket.poll(timeout_ms):
             return None
+        route = peer_key = b""
+        peer_address = ""
         try:
-            frames = self.socket.recv_multipart(zmq.DONTWAIT)
+            if self._is_router:
+                first = self.socket.recv(zmq.DONTWAIT, copy=False)
+                route, peer_key = bytes(first.buffer), _peer_key(first)
+                peer_address = _peer_address(first)
+            parts = self.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return None
-        route = frames.pop(0) if self._is_router else b""
-        message, tensors = self._codec.decode(frames)
-        return Received(message, tensors, route)
+        return Frames(parts, route, peer_key, peer_address)
+
+    def decode(self, frames: Frames) -> Received[M]:
+        """Read what `receive_frames` gave.
+
+        Raises: ProtocolError, PeerRefused: as `receive`.
+        """
+        message, tensors = self._codec.decode(frames.parts)
+        return Received(message, tensors, frames.route, frames.peer_key)
 
     def close(self) -> None:
         """Close the socket; what was not sent is dropped."""

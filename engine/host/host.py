@@ -20,15 +20,16 @@ from typing import Any
 import zmq
 
 from engine.cluster.coordinator import Coordinator, LoadRequest, PlanLoaded
-from engine.cluster.join_token import decode_token
+from engine.cluster.identity import TrustedPeers, config_dir, load_identity
 from engine.cluster.messages import Array, Message
-from engine.cluster.security import Gatekeeper, new_key_pair
+from engine.cluster.security import Gatekeeper
 from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.decode.listener import Measured
 from engine.decode.scheduler import Scheduler
 from engine.decode.sequence import DeviceTotals, Sequence
 from engine.errors import Cancelled, EngineError, PlanError, PromptError, WorkerLost
 from engine.host import messages as api
+from engine.host.node_calls import NodeCalls
 from engine.host.nodes import THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel, image_paths
 from engine.host.plan_application import PlanApplication
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 NODES_SECONDS = 1.0
 BUSY_SECONDS = 0.5
+TRUSTED_NODES_FILE = "nodes.json"
 
 
 @dataclass(slots=True)
@@ -54,8 +56,13 @@ class EngineHost:
     """See the module."""
 
     def __init__(self, client_key: bytes) -> None:
-        """Listen for one client, and start this computer's worker."""
-        self.keys = new_key_pair()
+        """Listen for one client, and start this computer's worker.
+
+        Raises: ConfigError: this installation's key or its list of nodes is damaged.
+        """
+        folder = config_dir()
+        self.keys = load_identity(folder)
+        trusted = TrustedPeers(folder / TRUSTED_NODES_FILE)
         self._context: zmq.Context[Any] = zmq.Context()
         self._gatekeeper = Gatekeeper(self._context)
         self._gatekeeper.allow("client", client_key)
@@ -82,7 +89,15 @@ class EngineHost:
         )
         self.scheduler = Scheduler(lambda: Coordinator(self._context), self)
         self._nodes = Nodes(
-            self._context, self.keys, self._call_soon, self._on_nodes, self._on_runner_lost
+            self._context,
+            self.keys,
+            trusted,
+            self._call_soon,
+            self._on_nodes,
+            self._on_runner_lost,
+        )
+        self._node_calls = NodeCalls(
+            self._context, self.keys, self._nodes, self._send, self._end, self._fail
         )
         self._application = PlanApplication(
             self._nodes, self.scheduler, self._report, self._fail, self._forget_plan
@@ -98,7 +113,8 @@ class EngineHost:
         """Serve until asked to end."""
         while not self._should_end:
             poller = zmq.Poller()
-            for socket in (self._client.socket, self._wake_receiver, *self._nodes.sockets()):
+            own = (self._client.socket, self._wake_receiver)
+            for socket in (*own, *self._nodes.sockets(), *self._node_calls.sockets()):
                 poller.register(socket, zmq.POLLIN)
             ready = dict(poller.poll(250))
             if self._wake_receiver in ready:
@@ -108,12 +124,14 @@ class EngineHost:
                 self._soon.get()()
             if self._client.socket in ready:
                 self._hear_clients()
-            if self._nodes.hear() or time.monotonic() - self._nodes_at > NODES_SECONDS:
+            changed = self._node_calls.hear()
+            if self._nodes.hear() or changed or time.monotonic() - self._nodes_at > NODES_SECONDS:
                 self._send_nodes()
 
     def close(self) -> None:
         """End everything this host started."""
         self.scheduler.close()
+        self._node_calls.close()
         self._nodes.close()
         self._preparation.close()
         if self._model is not None:
@@ -161,9 +179,8 @@ class EngineHost:
         elif isinstance(call, api.AddSimulatedNodes):
             self._nodes.start_simulated(call.count)
             self._end(call.request_id, api.Done(request_id=call.request_id))
-        elif isinstance(call, api.AddNode):
-            self._nodes.join(decode_token(call.token))
-            self._end(call.request_id, api.Done(request_id=call.request_id))
+        elif self._node_calls.serve(call, self._devices_in_use()):
+            self._send_nodes()
         elif isinstance(call, api.ApplyPlan):
             if self._model is None:
                 raise PlanError("no model is open; open one before applying a plan")
@@ -188,6 +205,7 @@ class EngineHost:
     def _cancel(self, request_id: int) -> None:
         if request_id in self._calls.routes:
             self._calls.cancelled.add(request_id)
+            self._node_calls.cancel(request_id)
             self.scheduler.cancel(request_id)
             if self._preparation.cancel(request_id):
                 self._fail(request_id, _cancelled_early())
@@ -323,17 +341,22 @@ class EngineHost:
         self._end(call.request_id, api.Done(request_id=call.request_id))
 
     def _on_nodes(self) -> None:
-        self._call_soon(self._application.advance)
+        # Nodes that are known from before are there before what plans are applied with.
+        self._call_soon(lambda: self._application.advance())
         self._nodes_at = 0.0
 
     def _on_runner_lost(self, device: str, public_key: bytes, cause: str) -> None:
         self._application.runner_lost(device, cause)
         self.scheduler.runner_lost(public_key, cause)
 
+    def _devices_in_use(self) -> set[str]:
+        """Devices with a share in the plan in force."""
+        plan = self._plan
+        return {plan.devices[i] for i in plan.used_devices()} if plan is not None else set[str]()
+
     def _send_nodes(self) -> None:
         self._nodes_at = time.monotonic()
-        plan = self._plan
-        in_use = {plan.devices[i] for i in plan.used_devices()} if plan is not None else set[str]()
+        in_use = self._devices_in_use()
         loading = self._application.loading_devices
         busy = in_use if time.monotonic() < self._busy_until else set[str]()
         self._broadcast(api.NodesChanged(nodes=self._nodes.states(busy, loading, in_use)))

@@ -1,85 +1,41 @@
-"""The nodes an engine host knows: connections to their workers, and what those report.
+"""The nodes an engine host knows: what their workers report, and the runners on them.
 
-In: workers to start or connect to, messages from them. Out: node states for the window, runner
-addresses for plans. Everything runs in the host's main thread, except starting a process.
+In: workers to start, messages from all of them. Out: node states for the window, runner addresses
+for plans. Workers of other computers come and go in `neighbours`. Everything runs in the host's
+main thread, except starting a process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import zmq
 
 from engine.cluster import messages as m
-from engine.cluster.join_token import JoinToken
+from engine.cluster.identity import TrustedPeers
 from engine.cluster.processes import Address, Child, Greeting
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, connect
 from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
-from engine.host.messages import NodeDevice, NodeState
+from engine.host.messages import NodeState
+from engine.host.neighbours import RETRY_SECONDS, Neighbours
+from engine.host.node import Node, Runner, Wanted
 from engine.plan.plan import Transport
 
 logger = logging.getLogger(__name__)
 
 WORKER_START_SECONDS = 30.0
-HELLO_SECONDS = 1.0
-# A worker's telemetry comes every second; a longer silence is a lost connection, or a frozen worker.
-SILENCE_SECONDS = 5.0
 # A worker of this computer may be starved by what its runners compute.
 LOCAL_SILENCE_SECONDS = 10.0
 MAX_SIMULATED = 16
 SIMULATED_PREFIX = "local-"
 THIS_NODE = "this"
-
-State = Literal["starting", "ready", "loading", "busy", "lost"]
-
-
-class Node:
-    """One computer's worker as this host sees it."""
-
-    def __init__(
-        self, name: str, kind: Literal["this", "simulated", "remote"], keys: KeyPair
-    ) -> None:
-        """Args: name: first part of its devices' names. keys: what this host shows its worker."""
-        self.name = name
-        self.keys = keys
-        self.kind: Literal["this", "simulated", "remote"] = kind
-        self.state: State = "starting"
-        self.reason = ""
-        self.description: m.NodeDescription | None = None
-        self.telemetry: m.Telemetry | None = None
-        self.heard_at = time.monotonic()
-        self.runners: dict[str, _Runner] = {}
-        self.starting: dict[str, _Wanted] = {}
-        self.channel: Channel[Any] | None = None
-        self.child: Child | None = None
-
-    def devices(self) -> dict[str, m.DeviceInfo]:
-        """Its devices by name; empty until it has said who it is."""
-        return {d.device: d for d in self.description.devices} if self.description else {}
-
-
-class _Wanted(NamedTuple):
-    """What a runner was asked for at its start."""
-
-    listen_address: str
-    transport: Transport
-
-
-class _Runner(NamedTuple):
-    """A runner that listens."""
-
-    address: RunnerAddress
-    wanted: _Wanted
-    pid: int
 
 
 class Nodes:
@@ -89,14 +45,16 @@ class Nodes:
         self,
         context: zmq.Context[Any],
         keys: KeyPair,
+        trusted: TrustedPeers,
         call_soon: Callable[[Callable[[], None]], None],
         on_change: Callable[[], None],
         on_runner_lost: Callable[[str, bytes, str], None],
     ) -> None:
-        """Know nobody yet.
+        """Look for the trusted nodes, and for others on the network.
 
         Args:
             keys: the host's own; workers it starts let in its public half.
+            trusted: nodes on other computers that a person has paired with.
             call_soon: runs a function in the main thread.
             on_change: something a plan waits for may have happened.
             on_runner_lost: (device, the runner's public key or b"" if it never listened, cause).
@@ -106,11 +64,14 @@ class Nodes:
         self._call_soon = call_soon
         self._on_change = on_change
         self._on_runner_lost = on_runner_lost
-        self._host_name = socket.gethostname()
         self._nodes: dict[str, Node] = {}
-        self._hello_at = 0.0
         self._is_closing = False
         self._enders: list[threading.Thread] = []
+        self.host_name = socket.gethostname()
+        self.neighbours = Neighbours(
+            context, keys, trusted, self.host_name, self._nodes, self._lose, on_change
+        )
+        self.neighbours.start_browsing(call_soon)
 
     # ---- adding ------------------------------------------------------------------------------
 
@@ -141,19 +102,6 @@ class Nodes:
             self.start_local(name)
         return names
 
-    def join(self, token: JoinToken) -> str:
-        """Connect to a worker elsewhere.
-
-        Returns: its name here, unique among the nodes.
-        """
-        name, number = token.name, 2
-        while name in self._nodes and self._nodes[name].state != "lost":
-            name, number = f"{token.name}-{number}", number + 1
-        node = Node(name, "remote", token.guest)
-        self._nodes[name] = node
-        self._connect(node, token.public_key, token.endpoint)
-        return name
-
     def _spawn(self, node: Node) -> None:
         """In a thread of its own: start a worker process."""
         watched = {str(os.getpid()): "engine host"} if node.kind == "this" else {}
@@ -176,15 +124,10 @@ class Nodes:
         self._call_soon(lambda: self._connect_child(node, address))
 
     def _connect_child(self, node: Node, address: Address) -> None:
-        self._connect(node, address.public_key.encode("ascii"), address.endpoints[0])
-
-    def _connect(self, node: Node, server_key: bytes, endpoint: str) -> None:
         if self._is_closing:
             return
-        dealer = connect(self._context, zmq.DEALER, node.keys, server_key, endpoint)
-        node.channel = Channel(dealer, m.WORKER_SENDS)
-        node.heard_at = time.monotonic()
-        self._tell(node, m.Hello(host_name=self._host_name))
+        node.connect_child(self._context, address.public_key.encode("ascii"), address.endpoints[0])
+        self._tell(node, m.Hello(host_name=self.host_name))
         self._on_change()
 
     def _tell(self, node: Node, message: m.Message) -> None:
@@ -193,47 +136,47 @@ class Nodes:
             return
         try:
             node.channel.send(message)
-        except WorkerLost:
-            # libzmq drops the connection for good when the other end refuses our key.
-            self._lose(node, "it does not let this computer in; copy its join token again")
+        except WorkerLost as error:
+            self._lose(node, str(error))
 
     # ---- hearing -----------------------------------------------------------------------------
 
     def sockets(self) -> list[zmq.Socket[Any]]:
         """To poll."""
-        return [n.channel.socket for n in self._nodes.values() if n.channel is not None]
+        return [socket for node in self._nodes.values() for socket in node.sockets()]
 
     def hear(self) -> bool:
         """Take what the workers said; True if something changed for the window."""
         changed = False
-        now = time.monotonic()
         for node in list(self._nodes.values()):
-            channel = node.channel
-            while channel is not None and node.channel is channel:
-                try:
-                    received = channel.receive(0)
-                except EngineError as error:
-                    self._lose(node, str(error))
-                    break
-                if received is None:
-                    break
-                node.heard_at = now
-                self._take(node, received.message)
-                changed = True
-            limit = SILENCE_SECONDS if node.kind == "remote" else LOCAL_SILENCE_SECONDS
-            if node.channel is not None and now - node.heard_at > limit:
-                self._lose(
-                    node, f"no word from its worker for {limit:.0f} s; is it frozen or cut off?"
-                )
-                changed = True
-        if now - self._hello_at > HELLO_SECONDS:
-            self._hello_at = now
-            for node in self._nodes.values():
-                if node.kind == "remote" and node.state != "lost":
-                    self._tell(node, m.Hello(host_name=self._host_name))
+            changed = self._hear(node) or changed
+        self.neighbours.tick()
+        return changed
+
+    def _hear(self, node: Node) -> bool:
+        changed = False
+        channel = node.channel
+        while channel is not None and node.channel is channel:
+            try:
+                received = channel.receive(0)
+            except EngineError as error:
+                self._lose(node, str(error))
+                return True
+            if received is None:
+                break
+            node.heard_at = time.monotonic()
+            self._take(node, received.message)
+            changed = True
+        silence = time.monotonic() - node.heard_at
+        if node.child is not None and channel is not None and silence > LOCAL_SILENCE_SECONDS:
+            limit = f"{LOCAL_SILENCE_SECONDS:.0f} s"
+            self._lose(node, f"no word from its worker for {limit}; is it frozen or cut off?")
+            return True
         return changed
 
     def _take(self, node: Node, message: m.Message) -> None:
+        if node.kind == "remote" and self.neighbours.take(node, message):
+            return
         if isinstance(message, m.NodeDescription):
             # A worker that introduces itself again has forgotten this host and its runners.
             self._forget_runners(node, "its worker started over")
@@ -242,8 +185,10 @@ class Nodes:
             self._on_change()
         elif isinstance(message, m.Telemetry):
             node.telemetry = message
+        elif isinstance(message, m.SpeedReport):
+            node.speeds = message.devices
         elif isinstance(message, m.RunnerStarted):
-            device = self._own_name(node, message.device)
+            device = node.own_name(message.device)
             address = RunnerAddress(
                 device,
                 message.control_endpoint,
@@ -252,11 +197,11 @@ class Nodes:
                 node.keys,
                 message.rendezvous,
             )
-            wanted = node.starting.pop(device, _Wanted("", "zmq"))
-            node.runners[device] = _Runner(address, wanted, message.pid)
+            wanted = node.starting.pop(device, Wanted("", "zmq"))
+            node.runners[device] = Runner(address, wanted, message.pid)
             self._on_change()
         elif isinstance(message, m.RunnerExited):
-            device = self._own_name(node, message.device)
+            device = node.own_name(message.device)
             runner = node.runners.get(device)
             if runner is not None and runner.pid == message.pid:
                 del node.runners[device]
@@ -267,11 +212,6 @@ class Nodes:
         elif isinstance(message, m.Failed):
             node.reason = message.message
             self._lose(node, str(error_by_name(message.error, message.message)))
-
-    @staticmethod
-    def _own_name(node: Node, device: str) -> str:
-        """A device's name here: a remote worker may have chosen a name that is taken."""
-        return f"{node.name}/{device.rpartition('/')[2]}"
 
     def _on_worker_exit(self, child: Child) -> None:
         if child.is_ending:
@@ -286,13 +226,14 @@ class Nodes:
         self._call_soon(tell)
 
     def _lose(self, node: Node, cause: str) -> None:
+        """Put a node in state "lost"; one that is lost already has another reason for it now."""
+        node.disconnect()
+        node.next_attempt_at = time.monotonic() + RETRY_SECONDS
         if node.state == "lost":
+            node.reason = cause
             return
         logger.warning("%s is lost: %s", node.name, cause)
-        node.state, node.reason = "lost", cause
-        if node.channel is not None:
-            node.channel.close()
-            node.channel = None
+        node.state, node.reason, node.code = "lost", cause, ""
         if node.child is not None:  # It may live and be frozen; nobody else would end it.
             self._enders.append(threading.Thread(target=node.child.end, args=(1.0,), daemon=True))
             self._enders[-1].start()
@@ -311,8 +252,8 @@ class Nodes:
     # ---- runners -----------------------------------------------------------------------------
 
     def node_of(self, device: str) -> Node | None:
-        """The node a device belongs to, if it is known."""
-        return self._nodes.get(device.rpartition("/")[0])
+        """The node a device belongs to, if it may be used."""
+        return self.get(device.rpartition("/")[0])
 
     def info(self, device: str) -> m.DeviceInfo | None:
         """What is known of a device, once its node has said who it is."""
@@ -331,7 +272,7 @@ class Nodes:
         assert node.description is not None
         kind = device.rpartition("/")[2]
         worker_name = f"{node.description.name}/{kind}"
-        wanted = _Wanted(listen_address, transport)
+        wanted = Wanted(listen_address, transport)
         if device in node.runners:
             if node.runners[device].wanted == wanted:
                 return
@@ -375,15 +316,28 @@ class Nodes:
         """Devices that could take a share at once, this computer's first."""
         ready = [node for node in self._nodes.values() if node.state == "ready"]
         ready.sort(key=lambda node: node.name != THIS_NODE)
-        return [self._own_name(node, device) for node in ready for device in node.devices()]
+        return [node.own_name(device) for node in ready for device in node.devices()]
 
     def names(self) -> list[str]:
-        """All nodes, in order of joining."""
-        return list(self._nodes)
+        """Nodes that may be used, in order of joining."""
+        return [node.name for node in self._nodes.values() if node.is_trusted]
 
     def get(self, name: str) -> Node | None:
-        """A node by name."""
-        return self._nodes.get(name)
+        """A node that may be used, by name."""
+        node = self._nodes.get(name)
+        return node if node is not None and node.is_trusted else None
+
+    def find(self, name: str) -> Node:
+        """A node, trusted or not, by name.
+
+        Raises: PlanError: there is none.
+        """
+        if name not in self._nodes:
+            raise PlanError(
+                f"there is no node {name!r}; known are {', '.join(self._nodes)}. Choose one of them, "
+                "or add the node by its address"
+            )
+        return self._nodes[name]
 
     def states(self, busy: set[str], loading: set[str], in_use: set[str]) -> tuple[NodeState, ...]:
         """All nodes as the window lists them.
@@ -392,54 +346,18 @@ class Nodes:
             busy, loading: devices that compute, or take weights, right now.
             in_use: devices with a share in the plan in force.
         """
-        return tuple(self._state(n, busy, loading, in_use) for n in self._nodes.values())
-
-    def _state(self, node: Node, busy: set[str], loading: set[str], in_use: set[str]) -> NodeState:
-        own = {self._own_name(node, d): info for d, info in node.devices().items()}
-        state = node.state
-        if state == "ready" and (own.keys() & loading or node.starting):
-            state = "loading"
-        elif state == "ready" and own.keys() & busy:
-            state = "busy"
-        usage = node.telemetry
-        return NodeState(
-            name=node.name,
-            kind=node.kind,
-            state=state,
-            reason=node.reason,
-            host_name=node.description.host_name if node.description else "",
-            version=node.description.version if node.description else "",
-            devices=tuple(
-                NodeDevice(
-                    device=name,
-                    kind=info.kind,
-                    label=info.label,
-                    memory_bytes=info.memory_bytes,
-                    in_use=name in in_use,
-                )
-                for name, info in own.items()
-            ),
-            processes=usage.processes if usage and node.state != "lost" else (),
-            cpu_percent=usage.cpu_percent if usage else None,
-            memory_used_bytes=usage.memory_used_bytes if usage else None,
-            memory_total_bytes=usage.memory_total_bytes if usage else None,
-            network_in_bytes_per_second=usage.network_in_bytes_per_second if usage else None,
-            network_out_bytes_per_second=usage.network_out_bytes_per_second if usage else None,
-        )
+        return tuple(node.to_state(busy, loading, in_use) for node in self._nodes.values())
 
     def close(self) -> None:
         """End what this host started, all at once."""
         self._is_closing = True
+        self.neighbours.let_go()
         for node in self._nodes.values():
-            if node.channel is not None:
-                if node.kind == "remote":
-                    node.channel.socket.linger = 200
-                    with contextlib.suppress(WorkerLost):
-                        node.channel.send(m.Shutdown())
-                node.channel.socket.close()
+            node.disconnect()
         children = [n.child for n in self._nodes.values() if n.child is not None]
         enders = [threading.Thread(target=child.end, daemon=True) for child in children]
         for ender in enders:
             ender.start()
+        self.neighbours.close()
         for ender in [*enders, *self._enders]:
             ender.join(4)

@@ -278,7 +278,9 @@ class PlanApplication:
     def _is_there(self, device: str) -> bool:
         """Whether a device can take a share now, or as soon as its node has started."""
         node = self._nodes.node_of(device)
-        return node is not None and node.state != "lost" and self._nodes.info(device) is not None
+        if node is None or node.state in ("lost", "stale"):
+            return False
+        return self._nodes.info(device) is not None
 
     def _can_start_again(self, device: str) -> bool:
         """Whether a lost device may come back with a new runner, or a new worker of ours."""

@@ -100,6 +100,7 @@ class EngineHost:
             self._context, self.keys, self._nodes, self._send, self._end, self._fail
         )
         self._application = PlanApplication(self._nodes, self.scheduler, self._send, self._fail)
+        self._nodes.neighbours.start(self._call_soon)
         self._nodes.start_local(THIS_NODE)
 
     def end_soon(self) -> None:

@@ -83,7 +83,8 @@ class _Desk:
     def settled(self, key: str) -> api.NodeState | None:
         """The trusted node with this key, once it is known how it is."""
         unsettled = ("starting", "discovered", "pairing")
-        return next((n for n in self.nodes if n.key == key and n.state not in unsettled), None)
+        nodes = (node for node in self.nodes if node.key and node.key == key)
+        return next((node for node in nodes if node.state not in unsettled), None)
 
 
 @app.callback(invoke_without_command=True)

@@ -24,13 +24,17 @@ from engine.cluster.identity import TrustedPeers, config_dir, fingerprint, load_
 from engine.cluster.join_token import NODE_NAME, TOKEN_SECONDS
 from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
+from engine.weights.models import cache_folder
 from workers import local_messages as local
 from workers.cli_pair import pair as pair_with_a_host
+from workers.cli_speed import speed
 from workers.cli_status import status_lines
 from workers.daemon import LEASE_SECONDS, Worker, WorkerOptions
+from workers.install.commands import install, service_lines, uninstall
 from workers.limits import Limits, parse_devices, parse_size
 from workers.presence import LocalConnection, PresenceLock
 from workers.slice_cache_settings import choose_cache
+from workers.speed_test import SpeedTest
 from workers.telemetry import list_devices
 
 app = typer.Typer(
@@ -127,7 +131,8 @@ def run(
                 ),
                 is_network_trusted=trusted_network,
             )
-            was_interrupted = _serve(Worker(options), options, presence)
+            speeds = SpeedTest(own_name, options.devices, cache_folder())
+            was_interrupted = _serve(options, speeds, presence)
     if was_interrupted:
         raise typer.Exit(130)
 
@@ -140,21 +145,22 @@ def pair(
     ] = None,
 ) -> None:
     """Let an engine host in, after a look at six digits. Needs `shardmix-worker run`."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         pair_with_a_host(connection, yes_if)
 
 
 @app.command()
 def token() -> None:
     """Print a join token: it lets one engine host in, once, within ten minutes."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         print(connection.ask(local.MakeToken(), local.Token).token)
 
 
 @app.command()
 def status() -> None:
-    """Tell who this worker is, who has it, who may, and who was not let in."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    """Tell who this worker is, who has it, who may, and who was not let in; and the service."""
+    print("\n".join(service_lines()))
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         answer = connection.ask(local.AskStatus(), local.Status)
         print("\n".join(status_lines(answer, time.time())))
 
@@ -164,9 +170,14 @@ def unpair(
     who: Annotated[str, typer.Argument(help="Name or fingerprint, as `status` shows them.")],
 ) -> None:
     """Let an engine host in no longer; one that is at work is ended."""
-    with _told_in_one_line(), LocalConnection() as connection:
+    with _told_in_one_line(), LocalConnection(config_dir()) as connection:
         gone = connection.ask(local.Unpair(who=who), local.Unpaired)
         print(f"No longer paired with {gone.name} ({gone.fingerprint}).")
+
+
+app.command()(install)
+app.command()(uninstall)
+app.command()(speed)
 
 
 @contextlib.contextmanager
@@ -198,11 +209,12 @@ def _check_address(name: str, host: str | None) -> str:
     return host or address_that_reaches(ELSEWHERE)
 
 
-def _serve(worker: Worker, options: WorkerOptions, presence: PresenceLock) -> bool:
+def _serve(options: WorkerOptions, speeds: SpeedTest, presence: PresenceLock) -> bool:
     """Serve until a signal comes.
 
     Returns: whether that was Ctrl+C.
     """
+    worker = Worker(options, speeds)
     was_interrupted = False
 
     def end(number: int, _frame: object) -> None:
@@ -225,8 +237,10 @@ def _serve(worker: Worker, options: WorkerOptions, presence: PresenceLock) -> bo
             file=sys.stderr,
         )
         print(worker.make_token(), flush=True)
+        speeds.start()
         worker.run()
     finally:
+        speeds.close()
         # Saying goodbye on the network takes as long as ending runners: at once.
         closer = threading.Thread(target=worker.close, name="close")
         closer.start()

@@ -31,6 +31,9 @@ YES = ("y", "yes")
 def pair(connection: LocalConnection, expected_code: str | None) -> None:
     """Pair with one engine host.
 
+    Where another command waits already, this one joins it: so a script starts one, learns the digits
+    from the other computer, and starts a second one that expects them.
+
     Args:
         expected_code: confirm these digits and no others, without asking; None asks.
     Raises: PeerRefused: there is no pairing; says why.
@@ -71,7 +74,7 @@ def _judge(code: str, expected_code: str | None, connection: LocalConnection) ->
     """Whether the digits are the same; None when the attempt ended before anybody said so."""
     if expected_code is not None:
         return expected_code.replace(" ", "") == code
-    _tell("Does the other computer show the same code? [y/N] ")
+    _tell("Does the other computer show the same code? [y/N]")
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     # Reading blocks, and nobody pairs without a command that keeps asking. Not through sys.stdin,
     # whose lock the thread would hold when the interpreter ends.
@@ -82,7 +85,9 @@ def _judge(code: str, expected_code: str | None, connection: LocalConnection) ->
     ).start()
     while connection.ask(AskPairing(), PairingState).stage == "compare":
         with contextlib.suppress(queue.Empty):
-            return lines.get(timeout=ASK_SECONDS).strip().lower() in YES
+            answer = lines.get(timeout=ASK_SECONDS)
+            if answer:  # The end of the input is no answer: another command may give one.
+                return answer.strip().lower() in (*YES, code)
     return None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 import sys
 import threading
@@ -35,7 +34,7 @@ from workers.mailbox import Mailbox
 from workers.reception import Activity, Reception
 from workers.runners import RunnerEvent, Runners, runner_settings
 from workers.slice_cache_settings import CacheSettings, choose_cache
-from workers.telemetry import Meter, list_devices, machine_id
+from workers.telemetry import Meter, list_devices, machine_id, system_label
 from workers.telemetry_thread import TelemetryThread
 
 logger = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ class Worker:
             name=options.name,
             host_name=socket.gethostname(),
             machine=machine_id(),
-            system=f"{platform.system()} {platform.release()}",
+            system=system_label(),
             version=metadata.version("shardmix"),
             pid=os.getpid(),
             devices=options.devices,
@@ -143,7 +142,7 @@ class Worker:
         self._lease = Lease(options.lease_seconds)
         self._mailbox: Mailbox[RunnerEvent | m.Telemetry] = Mailbox()
         self._runners = Runners(self._mailbox.put)
-        self._telemetry = TelemetryThread(Meter(), self._mailbox.put)
+        self._telemetry = TelemetryThread(Meter(options.name), self._mailbox.put)
         self._last_telemetry: m.Telemetry | None = None
         self._should_end = threading.Event()
 
@@ -207,11 +206,11 @@ class Worker:
 
     def _refuse(self, frames: Frames, error: EngineError) -> None:
         """Answer what cannot be served; an older version may not understand even that."""
-        if isinstance(error, PeerRefused):
-            self._gatekeeper.refuse(frames.peer_address, DOMAIN, frames.peer_key, str(error))
+        key = frames.peer_key
+        if isinstance(error, PeerRefused) and self._access.standing(key) != "owner":
+            self._gatekeeper.refuse(frames.peer_address, DOMAIN, key, str(error))
         else:
-            mark = fingerprint(frames.peer_key)
-            logger.warning("%s from %s: %s", type(error).__name__, mark, error)
+            logger.info("%s from %s: %s", type(error).__name__, fingerprint(key), error)
         self._send(m.Failed(epoch=0, error=type(error).__name__, message=str(error)), frames.route)
 
     def _handle(self, message: m.Message, frames: Frames) -> None:
@@ -232,6 +231,8 @@ class Worker:
             self._send(self._reception.answer(message, self._activity(), now), route)
         elif isinstance(message, m.Hello):
             self._hello(message, key, route, now)
+        elif isinstance(message, m.Ping):
+            self._send(m.Pong(number=message.number), route)
         elif isinstance(message, m.Enroll):
             self._send(m.Enrolled(), route)  # Its first answer was lost; it is let in already.
         elif isinstance(message, m.Ping):

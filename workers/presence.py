@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 import zmq
 
-from engine.cluster.identity import config_dir, load_identity
+from engine.cluster.identity import load_identity
 from engine.cluster.messages import Failed, Message
 from engine.cluster.private_file import read_private, write_private
 from engine.cluster.transport import Channel, connect
@@ -115,12 +115,12 @@ def _read(folder: Path) -> Presence | None:
 class LocalConnection:
     """A command's connection to this installation's worker; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         """Connect.
 
+        Args: folder: of settings.
         Raises: ConfigError: no worker runs.
         """
-        folder = config_dir()
         presence = find_worker(folder)
         if presence is None:
             raise ConfigError(NOBODY)

@@ -163,10 +163,8 @@ class Reception:
         if len(meant) != 1:
             known = ", ".join(f"{p.name} ({fingerprint(p.public_key)})" for p in self._trusted)
             found = f"{len(meant)} paired computers are" if meant else "no paired computer is"
-            raise ConfigError(
-                f"{found} called {who!r}; paired are: {known or 'none'}. Give one of these "
-                "fingerprints"
-            )
+            advice = f"give a fingerprint of: {known}" if known else "there is none to unpair"
+            raise ConfigError(f"{found} called {who!r}; {advice}")
         peer = meant[0]
         self._trusted.remove(peer.public_key)
         self._access.trust_changed()

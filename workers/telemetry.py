@@ -13,12 +13,15 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from engine.cluster.messages import DeviceInfo, ProcessUsage, Telemetry
+from workers.cpu_sensors import CpuSensors
+from workers.gpus import Gpus
 
 
 def usable_cores() -> int:
@@ -51,55 +54,71 @@ def cpu_label() -> str:
 def list_devices(node_name: str) -> tuple[DeviceInfo, ...]:
     """The CPU of this computer and the NVIDIA GPUs its driver shows."""
     cores = usable_cores()
-    devices = [
-        DeviceInfo(
-            device=f"{node_name}/cpu",
-            kind="cpu",
-            label=f"{cpu_label()}, {cores} cores",
-            num_cores=cores,
-            memory_bytes=psutil.virtual_memory().total,
-        )
-    ]
-    return (*devices, *_list_gpus(node_name))
-
-
-def _list_gpus(node_name: str) -> list[DeviceInfo]:
-    import pynvml as untyped  # pyright: ignore[reportMissingTypeStubs]
-
-    pynvml: Any = untyped
+    cpu = DeviceInfo(
+        device=f"{node_name}/cpu",
+        kind="cpu",
+        label=f"{cpu_label()}, {cores} cores",
+        num_cores=cores,
+        memory_bytes=psutil.virtual_memory().total,
+    )
+    gpus = Gpus()
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []  # No driver: no GPU to offer.
-    try:
-        devices: list[DeviceInfo] = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            devices.append(
-                DeviceInfo(
-                    device=f"{node_name}/cuda{index}",
-                    kind="cuda",
-                    label=name if isinstance(name, str) else name.decode("utf-8", "replace"),
-                    num_cores=0,
-                    memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                )
-            )
-        return devices
-    except pynvml.NVMLError:
-        return []  # A driver that does not answer offers no GPU; the CPU stays.
+        return (cpu, *gpus.devices(node_name))
     finally:
-        pynvml.nvmlShutdown()
+        gpus.close()
+
+
+def system_label() -> str:
+    """System and versions that decide how a node computes: "Linux 6.1, torch 2.13.0, driver 560"."""
+    # From its metadata: importing torch takes seconds and hundreds of megabytes.
+    parts = [f"{platform.system()} {platform.release()}", f"torch {metadata.version('torch')}"]
+    gpus = Gpus()
+    try:
+        driver = gpus.driver_version()
+    finally:
+        gpus.close()
+    return ", ".join([*parts, f"driver {driver}"] if driver else parts)
+
+
+def _network_bytes() -> tuple[int, int]:
+    """Bytes received and sent by all interfaces; goes back when one of them is unplugged."""
+    counters = psutil.net_io_counters(nowrap=False)
+    return counters.bytes_recv, counters.bytes_sent
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A process and its last reading; half the work of psutil's own cpu_percent."""
+
+    process: psutil.Process
+    busy_seconds: float | None = None
+    read_at: float = 0.0
+
+    def percent(self, busy_seconds: float, now: float) -> float:
+        """Share of one core since the last reading; 0 at the first."""
+        before, self.busy_seconds = self.busy_seconds, busy_seconds
+        seconds, self.read_at = now - self.read_at, now
+        if before is None or seconds <= 0:
+            return 0.0
+        return max(busy_seconds - before, 0.0) / seconds * 100
 
 
 class Meter:
     """Measures use since its last reading."""
 
-    def __init__(self) -> None:
-        """Take the first reading, which later ones compare with."""
-        self._processes: dict[int, psutil.Process] = {}
+    def __init__(self, node_name: str) -> None:
+        """Take the first reading, which later ones compare with.
+
+        Args:
+            node_name: what the names of this node's GPUs begin with.
+        """
+        self._node_name = node_name
+        self._gpus = Gpus()
+        self._sensors = CpuSensors()
+        self._sensors.power_w(time.monotonic())
+        self._processes: dict[int, _Watched] = {}
         self._network_at = time.monotonic()
-        self._network = psutil.net_io_counters()
+        self._network = _network_bytes()
         psutil.cpu_percent()
 
     def read(self, roles: Mapping[int, str]) -> Telemetry:
@@ -109,39 +128,46 @@ class Meter:
             roles: what each watched process id does.
         """
         memory = psutil.virtual_memory()
-        network, now = psutil.net_io_counters(), time.monotonic()
+        network, now = _network_bytes(), time.monotonic()
         seconds = max(now - self._network_at, 1e-3)
         before, self._network, self._network_at = self._network, network, now
         return Telemetry(
             cpu_percent=psutil.cpu_percent(),
             memory_used_bytes=memory.total - memory.available,
             memory_total_bytes=memory.total,
-            network_in_bytes_per_second=(network.bytes_recv - before.bytes_recv) / seconds,
-            network_out_bytes_per_second=(network.bytes_sent - before.bytes_sent) / seconds,
+            network_in_bytes_per_second=max(network[0] - before[0], 0) / seconds,
+            network_out_bytes_per_second=max(network[1] - before[1], 0) / seconds,
             processes=tuple(
                 usage
                 for pid, role in roles.items()
-                if (usage := self._read_process(pid, role)) is not None
+                if (usage := self._read_process(pid, role, now)) is not None
             ),
+            cpu_temperature_c=self._sensors.temperature_c(),
+            cpu_power_w=self._sensors.power_w(now),
+            gpus=self._gpus.read(self._node_name),
         )
+
+    def close(self) -> None:
+        """Let the GPUs' driver go."""
+        self._gpus.close()
 
     def forget(self, pid: int) -> None:
         """Stop watching a process that ended."""
         self._processes.pop(pid, None)
 
-    def _read_process(self, pid: int, role: str) -> ProcessUsage | None:
+    def _read_process(self, pid: int, role: str, now: float) -> ProcessUsage | None:
         try:
-            if pid not in self._processes:
-                self._processes[pid] = psutil.Process(pid)
-                self._processes[pid].cpu_percent()  # The first reading has nothing to compare with.
-            process = self._processes[pid]
-            with process.oneshot():
-                return ProcessUsage(
-                    role=role,
-                    pid=pid,
-                    cpu_percent=process.cpu_percent(),
-                    memory_bytes=process.memory_info().rss,
-                )
+            watched = self._processes.get(pid)
+            if watched is None:
+                watched = self._processes[pid] = _Watched(psutil.Process(pid))
+            times = watched.process.cpu_times()
+            memory_bytes = watched.process.memory_info().rss
         except psutil.Error:
             self.forget(pid)
             return None
+        return ProcessUsage(
+            role=role,
+            pid=pid,
+            cpu_percent=watched.percent(times.user + times.system, now),
+            memory_bytes=memory_bytes,
+        )

@@ -6,6 +6,7 @@ In: how often, and which processes. Out: Telemetry, handed to the loop. What is 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -55,26 +56,31 @@ class TelemetryThread:
             self._is_ending = True
             self._change.notify()
         self._thread.join(END_SECONDS)
+        if not self._thread.is_alive():
+            self._meter.close()
 
     def _run(self) -> None:
         watched: set[int] = set()
-        next_at = 0.0
-        while True:
-            with self._change:
-                while not self._is_ending:
-                    left = None if self._seconds is None else next_at - time.monotonic()
-                    if left is not None and left <= 0:
-                        break
-                    self._change.wait(left)
-                    # A faster rate counts at once, not after the slower one's pause.
-                    if self._seconds is not None:
-                        next_at = min(next_at, time.monotonic() + self._seconds)
-                if self._is_ending:
-                    return
-                seconds = self._seconds or 0.0
+        last_at = -math.inf
+        while (due := self._wait_until_due(last_at)) is not None:
             roles = self._roles
             for pid in watched - roles.keys():
                 self._meter.forget(pid)
             watched = set(roles)
-            next_at = max(next_at + seconds, time.monotonic() + seconds / 2)
+            # What was late by a little does not make all later ones late; by more, it starts over.
+            now = time.monotonic()
+            last_at = due if now - due < 1 / MAX_HZ else now
             self._put(self._meter.read(roles))
+
+    def _wait_until_due(self, last_at: float) -> float | None:
+        """Wait for the next reading's time; None to end. A changed rate counts from the last one."""
+        with self._change:
+            while not self._is_ending:
+                left = None
+                if self._seconds is not None:
+                    due = last_at + self._seconds
+                    left = due - time.monotonic()
+                    if left <= 0:
+                        return due
+                self._change.wait(left)
+        return None

@@ -119,7 +119,9 @@ class Child:
             ) from None
         if not line:
             self._waiter.join(2)
-            raise WorkerLost(f"{self.name} ended at its start: {self.cause()}")
+            cause = self.cause()
+            self.end(0)
+            raise WorkerLost(f"{self.name} ended at its start: {cause}")
         try:
             return msgspec.json.decode(line, type=Address)
         except msgspec.DecodeError:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,41 +12,31 @@ import pytest
 
 from engine.cluster.join_token import JoinToken, decode_token
 from engine.cluster.security import new_key_pair
-from engine.errors import EngineError, PeerRefused
+from engine.errors import PeerRefused
 from engine.plan.plan import PlanShape
 from engine.plan.presets import from_percentages, single
 from engine.session import Session, SessionOptions
 from tests.tiny_models import save_tiny_llama
+from tests.workers.worker_command import WorkerCommand
 
 pytestmark = pytest.mark.network
 
 
-def free_port() -> int:
-    """A port with room for the runners' ports after it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 64000)
-
-
 @pytest.fixture
-def worker() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A worker named box, and its token."""
-    arguments = ["run", "--name", "box", "--host", "127.0.0.1", "--port", str(free_port())]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workers.cli", *arguments], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    yield process, process.stdout.readline().strip()
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-    process.stdout.close()
+def worker(tmp_path: Path) -> Iterator[tuple[int, str]]:
+    """The process of a worker named box, of another installation than the desk's; and its token."""
+    computer = WorkerCommand(tmp_path / "box")
+    token = computer.run()
+    assert computer.process is not None
+    yield computer.process.pid, token
+    code, errors = computer.signal(signal.SIGINT)
+    assert code == 130, errors
 
 
 def test_it_computes_its_share_and_frees_it_when_the_desk_closes(
-    worker: tuple[subprocess.Popen[str], str], tmp_path: Path
+    worker: tuple[int, str], tmp_path: Path
 ) -> None:
-    process, token = worker
+    pid, token = worker
     save_tiny_llama(tmp_path)
     options = SessionOptions(model=str(tmp_path), dtype="float32", nodes=(token,))
     with Session(options) as session:
@@ -60,14 +47,14 @@ def test_it_computes_its_share_and_frees_it_when_the_desk_closes(
         together = session.generate("abc", raw=True, max_tokens=20)
         assert together.token_ids == alone.token_ids
         assert {d.device for d in together.devices} == {"this/cpu", "box/cpu"}
-        runners = psutil.Process(process.pid).children(recursive=True)
+        runners = psutil.Process(pid).children(recursive=True)
         assert any("shardmix-runner" in runner.cmdline() for runner in runners)
     _, alive = psutil.wait_procs(runners, timeout=5)
     assert not alive
 
 
-def test_the_desk_can_come_again(worker: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
-    _process, token = worker
+def test_the_desk_can_come_again(worker: tuple[int, str], tmp_path: Path) -> None:
+    _, token = worker
     save_tiny_llama(tmp_path)
     answers: list[tuple[int, ...]] = []
     for _ in range(2):
@@ -77,18 +64,12 @@ def test_the_desk_can_come_again(worker: tuple[subprocess.Popen[str], str], tmp_
     assert answers[0] == answers[1]
 
 
-def test_a_token_with_another_key_is_not_let_in(
-    worker: tuple[subprocess.Popen[str], str], tmp_path: Path
-) -> None:
-    _process, token = worker
+def test_a_token_with_another_key_is_not_let_in(worker: tuple[int, str], tmp_path: Path) -> None:
+    _, token = worker
     forged = msgspec.structs.replace(decode_token(token), guest=new_key_pair())
     save_tiny_llama(tmp_path)
-    with Session(SessionOptions(model=str(tmp_path), nodes=(forged.encode(),))) as session:
-        plan = single(PlanShape.from_config(session.model.config), "box/cpu")
-        with pytest.raises(
-            EngineError, match="box/cpu cannot take part: it does not let this computer in"
-        ):
-            session.apply(plan)
+    with pytest.raises(PeerRefused, match="box does not let this computer in"):
+        Session(SessionOptions(model=str(tmp_path), nodes=(forged.encode(),)))
 
 
 def test_a_damaged_token_is_refused() -> None:

@@ -235,8 +235,6 @@ class Worker:
             self._send(m.Pong(number=message.number), route)
         elif isinstance(message, m.Enroll):
             self._send(m.Enrolled(), route)  # Its first answer was lost; it is let in already.
-        elif isinstance(message, m.Ping):
-            self._send(m.Pong(number=message.number), route)
         elif self._lease.is_held_by(key, route):
             self._serve(message)
         else:

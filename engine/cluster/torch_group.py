@@ -220,7 +220,9 @@ class TorchGroup:
             while (transfer := self._under_way.get()) is not None:
                 self._complete(transfer)
         except GroupError as error:
-            self._error = error
+            # Not the one that was raised: its traceback would keep the group, and its connections,
+            # until the next collection of garbage.
+            self._error = GroupError(str(error), error.peer)
         except (EngineError, OSError, RuntimeError) as error:
             self._error = GroupError(_one_line(error), None)
         if self._error is not None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
-import msgspec
 from PySide6.QtCore import QObject, Signal
 
+from app.plan_facts import without_idle_devices
+from app.plan_in_force import PlanInForce
 from app.stages import Stage, StartOptions, Trouble
 from engine.cluster.messages import Message
-from engine.errors import PlanError
 from engine.host.messages import (
     AddNode,
     AddSimulatedNodes,
@@ -25,11 +26,13 @@ from engine.host.messages import (
     Cancel,
     Done,
     Finished,
+    LinksChanged,
     ModelOpened,
     NodesChanged,
     NodeState,
     OpenModel,
     PlanApplied,
+    PlanInterrupted,
     PlanLost,
     Progress,
     Throughput,
@@ -62,8 +65,7 @@ class Session(QObject):
         stage, trouble: whether a question can be answered now, and what is in the way.
         open_path: what was asked to be opened last; None is the default model.
         model: of the last `ModelOpened`; None before.
-        plan: the plan in force; None while there is none.
-        last_plan: the last plan that was in force for this model.
+        in_force: the plan that runs, and what became of it.
         progress: of the running open or apply: weights by device, anything else under "".
         device_order: devices in the order in which they joined, which gives their colours.
     """
@@ -75,21 +77,33 @@ class Session(QObject):
     progress_changed = Signal()
     throughput_measured = Signal(object)
     call_failed = Signal(str)
+    node_call_failed = Signal(str)
+    links_changed = Signal()
+    plan_interrupted = Signal()
+    plan_recovered = Signal(list)
 
     def __init__(
-        self, bridge: Poster, options: StartOptions, parent: QObject | None = None
+        self,
+        bridge: Poster,
+        options: StartOptions,
+        parent: QObject | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is started yet."""
+        """Nothing is started yet.
+
+        Args:
+            clock: seconds, never going back.
+        """
         super().__init__(parent)
         self._bridge = bridge
+        self.clock = clock
         self._ids = itertools.count(1)
         self._handlers: dict[int, EventHandler] = {}
         self.options = options
         self.stage = Stage.STARTING
         self.trouble: Trouble | None = None
         self.model: ModelOpened | None = None
-        self.plan: Plan | None = None
-        self.last_plan: Plan | None = None
+        self.in_force = PlanInForce()
         self.nodes: tuple[NodeState, ...] = ()
         self.device_order: list[str] = [HOME_DEVICE]
         self.progress: dict[str, Progress] = {}
@@ -197,6 +211,21 @@ class Session(QObject):
     # ---- facts -------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan in force; None while there is none."""
+        return self.in_force.plan
+
+    @property
+    def last_plan(self) -> Plan | None:
+        """The last plan that was in force for this model."""
+        return self.in_force.last_plan
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a lost device of the plan is being worked around."""
+        return self.in_force.interruption is not None
+
+    @property
     def is_ready(self) -> bool:
         """Whether a question can be asked now."""
         return self.plan is not None and self.stage in (Stage.READY, Stage.LOADING)
@@ -204,7 +233,7 @@ class Session(QObject):
     @property
     def is_applying(self) -> bool:
         """Whether a plan is on its way into force."""
-        return self.stage is Stage.LOADING
+        return self.stage in (Stage.LOADING, Stage.RECOVERING)
 
     @property
     def num_simulated_nodes(self) -> int:
@@ -226,6 +255,11 @@ class Session(QObject):
             return f"{name} {kind.upper()}"
         return name
 
+    def device_state(self, device: str) -> str:
+        """The state of a device's node in a word; "lost" where the node is not listed."""
+        name = device.partition("/")[0]
+        return next((node.state for node in self.nodes if node.name == name), "lost")
+
     def available_devices(self) -> list[str]:
         """Devices of nodes that are there, in order of joining."""
         devices = [
@@ -245,6 +279,9 @@ class Session(QObject):
             if request_id is None:
                 self._hear_news(event)
                 continue
+            if self._is_of_recovery(event):
+                self._take_progress(event)
+                continue
             handler = self._handlers.get(request_id)
             if isinstance(event, Done | Finished | CallFailed):
                 self._handlers.pop(request_id, None)
@@ -263,7 +300,7 @@ class Session(QObject):
         self._open_request = self._apply_request = 0
         for request_id, handler in handlers:
             handler(CallFailed(request_id=request_id, error="WorkerLost", message=reason))
-        self._set_plan(None)
+        self._drop_plan()
         self.nodes = ()
         self.nodes_changed.emit()
         self._stop(Trouble(title="The engine ended", message=reason, remedy="restart"))
@@ -273,6 +310,8 @@ class Session(QObject):
             case NodesChanged():
                 self.nodes = event.nodes
                 for node in event.nodes:
+                    if node.state in ("discovered", "pairing"):
+                        continue
                     # A node that still starts keeps its place, and with it its colour.
                     names = [device.device for device in node.devices]
                     for device in names or [f"{node.name}/cpu"]:
@@ -280,9 +319,14 @@ class Session(QObject):
                 self.nodes_changed.emit()
                 self._apply_first_plan()
             case PlanApplied():
-                self._set_plan(event.plan)
+                self._take_plan(event)
+            case PlanInterrupted():
+                self._interrupt(event.message)
+            case LinksChanged():
+                self.in_force.measure(event.links)
+                self.links_changed.emit()
             case PlanLost():
-                self._set_plan(None)
+                self._drop_plan()
                 self._stop(
                     Trouble(
                         title="The split stopped running",
@@ -332,6 +376,9 @@ class Session(QObject):
         match event:
             case Progress():
                 self._take_progress(event)
+            case CallFailed() if self.is_interrupted:
+                # The host works around a lost device: what follows decides about the stage.
+                self.call_failed.emit(event.message)
             case CallFailed():
                 self.progress = {}
                 self.progress_changed.emit()
@@ -347,6 +394,8 @@ class Session(QObject):
                             remedy="load_again",
                         )
                     )
+            case _ if self.is_interrupted:
+                pass
             case _:
                 self.progress = {}
                 if self.plan is not None:
@@ -355,13 +404,26 @@ class Session(QObject):
 
     def _on_node_call_event(self, event: Message) -> None:
         if isinstance(event, CallFailed):
-            self.call_failed.emit(event.message)
+            self.node_call_failed.emit(event.message)
+
+    def _is_of_recovery(self, event: Message) -> TypeGuard[Progress]:
+        """Whether this is progress of putting another plan in the place of a broken one.
+
+        Nobody asked for that plan, so its progress belongs to no call of the window's own.
+        """
+        return (
+            self.is_interrupted
+            and isinstance(event, Progress)
+            and event.phase in ("start", "weights", "connect")
+        )
 
     def _take_progress(self, progress: Progress) -> None:
         if progress.phase == "weights":
             self.progress.pop("", None)
             self.progress[progress.subject] = progress
         else:
+            if progress.phase == "connect":
+                self.progress.clear()
             # Its subject changes with its amount, so that it cannot be the key.
             self.progress[""] = progress
         self.progress_changed.emit()
@@ -371,10 +433,10 @@ class Session(QObject):
             model.config
         )
         if not same_shape:
-            self.last_plan = None
+            self.in_force.last_plan = None
         self.model = model
         self.progress = {}
-        self._set_plan(None)
+        self._drop_plan()
         self._wants_plan = True
         self.model_changed.emit()
         self._apply_first_plan()
@@ -395,11 +457,26 @@ class Session(QObject):
         self._wants_plan = False
         self.apply_plan(single(PlanShape.from_config(self.model.config), device))
 
-    def _set_plan(self, plan: Plan | None) -> None:
-        self.plan = plan
-        if plan is not None:
-            self.last_plan = plan
-            self._set_stage(Stage.READY)
+    def _interrupt(self, message: str) -> None:
+        self.in_force.interrupt(message, self.clock())
+        self.progress = {}
+        self._set_stage(Stage.RECOVERING)
+        self.progress_changed.emit()
+        self.plan_interrupted.emit()
+
+    def _take_plan(self, applied: PlanApplied) -> None:
+        was_interrupted = self.is_interrupted
+        lost = self.in_force.take(applied, self.clock(), self.device_label)
+        if was_interrupted:
+            self.progress = {}
+        self._set_stage(Stage.READY)
+        self.plan_changed.emit()
+        if was_interrupted:
+            self.progress_changed.emit()
+            self.plan_recovered.emit(lost)
+
+    def _drop_plan(self) -> None:
+        self.in_force.drop()
         self.plan_changed.emit()
 
     def _set_stage(self, stage: Stage) -> None:
@@ -413,16 +490,3 @@ class Session(QObject):
         self.progress = {}
         self.stage_changed.emit()
         self.progress_changed.emit()
-
-
-def without_idle_devices(plan: Plan) -> Plan:
-    """The plan with only the columns that have a share."""
-    used = plan.used_devices()
-    if len(used) == len(plan.devices):
-        return plan
-    cells = tuple(tuple(row[index] for index in used) for row in plan.cells)
-    devices = tuple(plan.devices[index] for index in used)
-    try:
-        return msgspec.structs.replace(plan, devices=devices, cells=cells).validate()
-    except PlanError:
-        return plan

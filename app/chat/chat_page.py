@@ -223,7 +223,7 @@ class ChatPage(QWidget):
 
     def _show_strip(self) -> None:
         session = self._session
-        is_moving = session.stage in (Stage.LOADING, Stage.OPENING)
+        is_moving = session.stage in (Stage.LOADING, Stage.OPENING, Stage.RECOVERING)
         progress = overall(session.progress) if is_moving else self._conversation.reading
         is_wanted = is_moving or progress is not None
         self._strip.setVisible(is_wanted and bool(self._conversation.messages))
@@ -231,7 +231,9 @@ class ChatPage(QWidget):
         self._strip_bar.setRange(0, end)
         self._strip_bar.setValue(value)
         if progress is None:
-            self._strip_text.setText("Applying the split")
+            is_mending = session.stage is Stage.RECOVERING
+            text = "Working around a lost device" if is_mending else "Applying the split"
+            self._strip_text.setText(text)
         else:
             self._strip_text.setText(self._apply_text.describe(progress, time.monotonic()))
 

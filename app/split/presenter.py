@@ -10,8 +10,8 @@ import msgspec
 from PySide6.QtCore import QObject, Signal
 from PySide6.QtGui import QUndoStack
 
-from app.plan_facts import row_weights, weight_share
-from app.session import Session, without_idle_devices
+from app.plan_facts import row_weights, weight_share, without_idle_devices
+from app.session import Session
 from app.split.draft import (
     Change,
     Part,

@@ -31,7 +31,7 @@ class Detour:
     """The split in force is another than the person chose.
 
     Attributes:
-        words: such as "went on without laptop after 3.2 s".
+        words: of the split, such as "went on without laptop after 3.2 s".
         note: why, as the engine host told it.
     """
 
@@ -81,7 +81,7 @@ class PlanInForce:
             words = went_on_text(lost, now - interruption.started_s, label)
             self.detour = Detour(words, applied.note or interruption.message)
         elif applied.note:
-            self.detour = Detour(applied.note, applied.note)
+            self.detour = Detour("not as it was asked for", applied.note)
         self.plan = self.last_plan = applied.plan
         self.links = {}
         self.measure(applied.links)

@@ -21,6 +21,8 @@ from app.chat.conversation import Conversation
 from app.chat.conversation_view import ConversationView
 from app.chat.parameters_panel import ParametersPanel
 from app.chat.progress_card import REMEDIES, ProgressCard
+from app.cluster.offer_bar import OfferBar
+from app.cluster.presenter import ClusterPresenter
 from app.figures import figure_count
 from app.look import Look
 from app.monitor.history import History
@@ -42,10 +44,11 @@ class ChatPage(QWidget):
         session: Session,
         conversation: Conversation,
         history: History,
+        cluster: ClusterPresenter,
         look: Look,
         parent: QWidget | None = None,
     ) -> None:
-        """Follows the session and the conversation."""
+        """Follows the session, the conversation and the nodes on offer."""
         super().__init__(parent)
         mark_page(self, "chatPage")
         self._session = session
@@ -79,6 +82,7 @@ class ChatPage(QWidget):
         self._strip = make_card("applyStrip", "bar")
         self._strip_text = make_label("", "applyStripText", "small")
         self._strip_bar = QProgressBar()
+        self._offer = OfferBar(cluster, "chat")
         self._stack = QStackedWidget()
         self._build()
         self._connect()
@@ -162,6 +166,7 @@ class ChatPage(QWidget):
         below.setSpacing(6)
         below.addWidget(self._banner)
         below.addWidget(self._strip)
+        below.addWidget(self._offer)
         below.addWidget(self.composer)
         hint = make_label("Enter sends · Shift+Enter new line · Esc stops", "composerHint", "small")
         hint.setAlignment(Qt.AlignmentFlag.AlignHCenter)

@@ -124,7 +124,14 @@ def node_facts(node: NodeState, around: Surroundings) -> list[Fact]:
         Fact("encrypted", "Encrypted", "yes" if is_linked else UNKNOWN, "CURVE, always on")
     )
     if node.endpoint:
-        facts.append(Fact("address", "Address", node.endpoint, "Where its worker listens"))
+        facts.append(
+            Fact(
+                "address",
+                "Address",
+                node.endpoint.removeprefix("tcp://"),
+                "Where its worker listens",
+            )
+        )
     facts += _link_facts(node, around)
     if node.state in ("discovered", "pairing"):
         return facts
@@ -164,7 +171,7 @@ def loaded_text(item: LoadedBytes) -> str:
 
 
 def link_text(round_trip_seconds: float | None, bytes_per_second: float | None) -> str:
-    """Such as "400 µs, 940 Mbit/s"."""
+    """Such as "0.400 ms, 940 Mbit/s"."""
     if round_trip_seconds is None and bytes_per_second is None:
         return UNKNOWN
     return f"{figure_seconds(round_trip_seconds)}, {figure_bit_rate(bytes_per_second)}"

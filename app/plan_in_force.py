@@ -31,7 +31,7 @@ class Detour:
     """The split in force is another than the person chose.
 
     Attributes:
-        words: of the split, such as "went on without laptop after 3.2 s".
+        words: of the split, such as "went on without laptop".
         note: why, as the engine host told it.
     """
 
@@ -70,7 +70,7 @@ class PlanInForce:
         started_s = now if earlier is None else earlier.started_s
         self.interruption = Interruption(message, started_s)
 
-    def take(self, applied: PlanApplied, now: float, label: Callable[[str], str]) -> list[str]:
+    def take(self, applied: PlanApplied, label: Callable[[str], str]) -> list[str]:
         """A plan came into force.
 
         Returns: devices that were lost on the way to it.
@@ -78,8 +78,7 @@ class PlanInForce:
         interruption, lost = self.interruption, lost_devices(self.plan, applied.plan)
         self.interruption = self.detour = None
         if interruption is not None:
-            words = went_on_text(lost, now - interruption.started_s, label)
-            self.detour = Detour(words, applied.note or interruption.message)
+            self.detour = Detour(went_on_text(lost, label), applied.note or interruption.message)
         elif applied.note:
             self.detour = Detour("not as it was asked for", applied.note)
         self.plan = self.last_plan = applied.plan
@@ -107,14 +106,15 @@ def lost_devices(before: Plan | None, after: Plan) -> list[str]:
     return [device for device in devices if device not in remaining]
 
 
-def went_on_text(lost: list[str], seconds: float, label: Callable[[str], str]) -> str:
-    """Such as "went on without laptop after 3.2 s".
+def went_on_text(lost: list[str], label: Callable[[str], str], seconds: float | None = None) -> str:
+    """Such as "went on without laptop after 3.20 s".
 
     Args:
         lost: devices that no longer compute; may be empty.
-        seconds: from hearing of the loss until it went on.
         label: of a device, for a person.
+        seconds: how long it stood still; None is not told.
     """
     names = [label(device) for device in lost]
     without = f" without {' and '.join(names)}" if names else ""
-    return f"went on{without} after {figure_seconds(round(seconds, 1))}"
+    after = "" if seconds is None else f" after {figure_seconds(round(seconds, 1))}"
+    return f"went on{without}{after}"

@@ -466,7 +466,7 @@ class Session(QObject):
 
     def _take_plan(self, applied: PlanApplied) -> None:
         was_interrupted = self.is_interrupted
-        lost = self.in_force.take(applied, self.clock(), self.device_label)
+        lost = self.in_force.take(applied, self.device_label)
         if was_interrupted:
             self.progress = {}
         self._set_stage(Stage.READY)

@@ -63,8 +63,8 @@ class StatusStrip(QFrame):
         text, tip = session.stage.value, "The split in force"
         interruption, detour = session.in_force.interruption, session.in_force.detour
         if interruption is not None:
-            text = f"{text}: {interruption.message}"
             tip = interruption.message
+            text = f"{tip.rstrip('. ')} · working around it"
         elif session.plan is not None and session.is_ready:
             text = plan_in_words(session.plan, session.device_label)
             if session.is_applying:
@@ -88,4 +88,7 @@ class StatusStrip(QFrame):
         self._sparkline.refresh(now)
         totals = self._history.totals(now)
         names = {item.device: self._session.device_label(item.device) for item in totals}
-        self._waits.setText(bottleneck_text(totals, names))
+        waits = bottleneck_text(totals, names)
+        self._waits.setText(waits)
+        # While nobody works, the plan has the room.
+        self._waits.setVisible(bool(waits))

@@ -213,11 +213,7 @@ class Conversation(QObject):
         if pause.lost is None:
             reason = pause.reason.rstrip(". ")
             return f"{reason}. The other devices take over, then the answer goes on."
-        text = "The other devices have taken over and read the conversation again"
-        if message.prompt_tokens and message.read_tokens < message.prompt_tokens:
-            fraction = message.read_tokens / message.prompt_tokens
-            text += f": {figure_percent(round(fraction, 2))}"
-        return f"{text}."
+        return "The other devices have taken over and read the conversation again."
 
     def turns(self) -> tuple[ChatTurn, ...]:
         """What a request would send: the system prompt, then the messages that still fit."""
@@ -283,7 +279,8 @@ class Conversation(QObject):
         if pause is None or pause.lost is None:
             return
         seconds = self._session.clock() - pause.started_s
-        message.notes.append(went_on_text(pause.lost, seconds, self._session.device_label))
+        words = went_on_text(pause.lost, self._session.device_label, seconds)
+        message.notes.append(f"The answer {words}.")
         message.pause = None
         self.message_changed.emit(self._answer)
 

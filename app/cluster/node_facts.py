@@ -132,9 +132,9 @@ def node_facts(node: NodeState, around: Surroundings) -> list[Fact]:
                 "Where its worker listens",
             )
         )
-    facts += _link_facts(node, around)
-    if node.state in ("discovered", "pairing"):
+    if not is_linked:
         return facts
+    facts += _link_facts(node, around)
     facts.append(
         Fact(
             "cpu",

@@ -193,7 +193,8 @@ class SplitPage(QWidget):
         detour = self._session.in_force.detour
         self._detour.setVisible(detour is not None)
         if detour is not None:
-            self._detour.setText(f"The running split: {detour.words}. {detour.note}")
+            words = f"{detour.words[:1].upper()}{detour.words[1:]}"
+            self._detour.setText(f"{words}. {detour.note}")
 
     def _show_chips(self) -> None:
         """One check box per device that takes part or may."""

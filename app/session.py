@@ -14,6 +14,7 @@ from typing import Protocol, TypeGuard
 
 from PySide6.QtCore import QObject, Signal
 
+from app.node_list import HOME_DEVICE, NodeList
 from app.plan_facts import without_idle_devices
 from app.plan_in_force import PlanInForce
 from app.stages import Stage, StartOptions, Trouble
@@ -29,7 +30,6 @@ from engine.host.messages import (
     LinksChanged,
     ModelOpened,
     NodesChanged,
-    NodeState,
     OpenModel,
     PlanApplied,
     PlanInterrupted,
@@ -42,7 +42,6 @@ from engine.plan.presets import single
 
 logger = logging.getLogger(__name__)
 
-HOME_DEVICE = "this/cpu"
 EventHandler = Callable[[Message], None]
 
 
@@ -58,7 +57,7 @@ class Poster(Protocol):
         ...
 
 
-class Session(QObject):
+class Session(NodeList):
     """The engine as the window sees it.
 
     Attributes:
@@ -67,7 +66,6 @@ class Session(QObject):
         model: of the last `ModelOpened`; None before.
         in_force: the plan that runs, and what became of it.
         progress: of the running open or apply: weights by device, anything else under "".
-        device_order: devices in the order in which they joined, which gives their colours.
     """
 
     stage_changed = Signal()
@@ -104,8 +102,6 @@ class Session(QObject):
         self.trouble: Trouble | None = None
         self.model: ModelOpened | None = None
         self.in_force = PlanInForce()
-        self.nodes: tuple[NodeState, ...] = ()
-        self.device_order: list[str] = [HOME_DEVICE]
         self.progress: dict[str, Progress] = {}
         self.open_path: str | None = options.model
         self._open_request = 0
@@ -235,41 +231,6 @@ class Session(QObject):
         """Whether a plan is on its way into force."""
         return self.stage in (Stage.LOADING, Stage.RECOVERING)
 
-    @property
-    def num_simulated_nodes(self) -> int:
-        """Simulated nodes, lost ones included: their names are taken."""
-        return sum(node.kind == "simulated" for node in self.nodes)
-
-    def device_index(self, device: str) -> int:
-        """A device's place in the order of joining; a device never seen joins now."""
-        if device not in self.device_order:
-            self.device_order.append(device)
-        return self.device_order.index(device)
-
-    def device_label(self, device: str) -> str:
-        """A device's name for a person, such as "this computer" or "local-1"."""
-        node_name, _, kind = device.partition("/")
-        name = "this computer" if node_name == "this" else node_name
-        node = next((node for node in self.nodes if node.name == node_name), None)
-        if node is not None and len(node.devices) > 1:
-            return f"{name} {kind.upper()}"
-        return name
-
-    def device_state(self, device: str) -> str:
-        """The state of a device's node in a word; "lost" where the node is not listed."""
-        name = device.partition("/")[0]
-        return next((node.state for node in self.nodes if node.name == name), "lost")
-
-    def available_devices(self) -> list[str]:
-        """Devices of nodes that are there, in order of joining."""
-        devices = [
-            device.device
-            for node in self.nodes
-            if node.state in ("ready", "loading", "busy")
-            for device in node.devices
-        ]
-        return sorted(devices, key=self.device_index)
-
     # ---- events ------------------------------------------------------------------------------
 
     def hear(self, events: Sequence[Message]) -> None:
@@ -308,14 +269,7 @@ class Session(QObject):
     def _hear_news(self, event: Message) -> None:
         match event:
             case NodesChanged():
-                self.nodes = event.nodes
-                for node in event.nodes:
-                    if node.state in ("discovered", "pairing"):
-                        continue
-                    # A node that still starts keeps its place, and with it its colour.
-                    names = [device.device for device in node.devices]
-                    for device in names or [f"{node.name}/cpu"]:
-                        self.device_index(device)
+                self.take_nodes(event.nodes)
                 self.nodes_changed.emit()
                 self._apply_first_plan()
             case PlanApplied():

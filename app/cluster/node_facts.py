@@ -22,11 +22,11 @@ from app.figures import (
     figure_rate,
     figure_seconds,
 )
+from app.node_list import AVAILABLE_STATES, UNTRUSTED_STATES
 from engine.cluster.messages import GpuUsage
 from engine.host.messages import Link, LoadedBytes, NodeDevice, NodeState
 
 FINGERPRINT_BYTES = 8
-AVAILABLE_STATES = ("ready", "loading", "busy")
 
 
 class Action(Enum):
@@ -100,7 +100,7 @@ def actions(node: NodeState, is_computing: bool) -> list[Action]:
         found.append(Action.PAIR)
     if node.state in AVAILABLE_STATES and not is_computing and node.devices:
         found.append(Action.ADD)
-    is_known = node.kind == "remote" and node.state not in ("discovered", "pairing")
+    is_known = node.kind == "remote" and node.state not in UNTRUSTED_STATES
     if is_known or (node.state == "lost" and node.kind != "this"):
         found.append(Action.FORGET)
     return found
@@ -119,7 +119,7 @@ def node_facts(node: NodeState, around: Surroundings) -> list[Fact]:
         tip = "First 8 bytes of the SHA-256 of its public key, which is its identity"
         facts.append(Fact("fingerprint", "Fingerprint", fingerprint(node.key), tip))
     facts.append(_version(node, around.own_version))
-    is_linked = node.state not in ("discovered", "pairing", "lost")
+    is_linked = node.state not in (*UNTRUSTED_STATES, "lost")
     facts.append(
         Fact("encrypted", "Encrypted", "yes" if is_linked else UNKNOWN, "CURVE, always on")
     )

@@ -14,7 +14,6 @@ from PySide6.QtCore import QObject, Signal
 
 from app.cluster.add_entry import Entry, read_entry
 from app.cluster.node_facts import (
-    AVAILABLE_STATES,
     Action,
     Fact,
     Surroundings,
@@ -23,6 +22,7 @@ from app.cluster.node_facts import (
     display_name,
     node_facts,
 )
+from app.node_list import AVAILABLE_STATES
 from app.session import Session
 from app.split.presenter import SplitPresenter
 from engine.cluster.messages import Message

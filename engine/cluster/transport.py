@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import zmq
 
 from engine.cluster.messages import Array, Codec, Message
+from engine.cluster.plaintext import is_plaintext
 from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
 
@@ -88,11 +89,13 @@ def listen(
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
+    is_encrypted = not is_plaintext(endpoint)
     socket = context.socket(kind)
     _prepare(socket, is_watched)
-    socket.curve_server = True  # Must be set before bind.
-    socket.curve_secretkey = keys.secret
-    socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    if is_encrypted:
+        socket.curve_server = True  # Must be set before bind.
+        socket.curve_secretkey = keys.secret
+        socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
     reason = "no port in the range"
     for candidate in _port_range(endpoint):
         try:
@@ -131,12 +134,14 @@ def connect(
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
     Raises: ProtocolError: the endpoint or the key is not one.
     """
+    is_encrypted = not is_plaintext(endpoint)
     socket = context.socket(kind)
     _prepare(socket, is_watched)
     try:
-        socket.curve_publickey = keys.public
-        socket.curve_secretkey = keys.secret
-        socket.curve_serverkey = server_key
+        if is_encrypted:
+            socket.curve_publickey = keys.public
+            socket.curve_secretkey = keys.secret
+            socket.curve_serverkey = server_key
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(linger=0)

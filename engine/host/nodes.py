@@ -25,6 +25,7 @@ from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect
 from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
 from engine.host.messages import NodeDevice, NodeState
+from engine.host.telemetry_rate import wanted_hz
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Nodes:
         self._call_soon = call_soon
         self._on_change = on_change
         self._on_runner_lost = on_runner_lost
-        self._host_name = socket.gethostname()
+        self._hello = m.Hello(host_name=socket.gethostname(), telemetry_hz=wanted_hz())
         self._nodes: dict[str, Node] = {}
         self._hello_at = 0.0
         self._is_closing = False
@@ -176,7 +177,7 @@ class Nodes:
         dealer = connect(self._context, zmq.DEALER, node.keys, server_key, endpoint)
         node.channel = Channel(dealer, m.WORKER_SENDS)
         node.heard_at = time.monotonic()
-        self._tell(node, m.Hello(host_name=self._host_name))
+        self._tell(node, self._hello)
         self._on_change()
 
     def _tell(self, node: Node, message: m.Message) -> None:
@@ -222,7 +223,7 @@ class Nodes:
             self._hello_at = now
             for node in self._nodes.values():
                 if node.kind == "remote" and node.state != "lost":
-                    self._tell(node, m.Hello(host_name=self._host_name))
+                    self._tell(node, self._hello)
         return changed
 
     def _take(self, node: Node, message: m.Message) -> None:

@@ -1,7 +1,9 @@
 """The one way to turn encryption off: for the benchmark that measures its cost, on one computer.
 
-In: an endpoint, and a variable of the environment. Out: whether its socket is to be plain. Nobody
-else sets the variable, and no socket that another computer can reach obeys it.
+In: an endpoint, and a variable of the environment. Out: whether its socket is to be plain. Peers of
+a plain socket still say their public keys, so that everything but CURVE goes on as ever, but they
+need not have the secret ones. Nobody else sets the variable, and no socket that another computer
+can reach obeys it.
 """
 
 from __future__ import annotations

@@ -92,10 +92,12 @@ def listen(
     is_encrypted = not is_plaintext(endpoint)
     socket = context.socket(kind)
     _prepare(socket, is_watched)
+    socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
     if is_encrypted:
         socket.curve_server = True  # Must be set before bind.
         socket.curve_secretkey = keys.secret
-        socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    else:
+        socket.plain_server = True
     reason = "no port in the range"
     for candidate in _port_range(endpoint):
         try:
@@ -142,6 +144,8 @@ def connect(
             socket.curve_publickey = keys.public
             socket.curve_secretkey = keys.secret
             socket.curve_serverkey = server_key
+        else:
+            socket.plain_username, socket.plain_password = keys.public, b"-"
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(linger=0)

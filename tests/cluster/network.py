@@ -137,12 +137,12 @@ class Computer:
         self._switch = network.switch
         self._cable = f"cable{number}"
         self._programs: list[Program] = []
-        # A computer of its own has its own folders, and discovers.
+        # A computer of its own has its own folders, and discovers on its own network.
         self.environment = {
             "HOME": str(self.folder / "home"),
             "SHARDMIX_CONFIG": str(self.folder / "config"),
             "SHARDMIX_CACHE": str(self.folder / "cache"),
-            "SHARDMIX_DISCOVERY": "on",
+            "SHARDMIX_DISCOVERY": address,
         }
 
     def plug_in(self, delay_seconds: float) -> None:

@@ -19,6 +19,7 @@ import zmq
 
 from engine.cluster.connection_watch import ConnectionWatch
 from engine.cluster.messages import Array, Codec, Message
+from engine.cluster.plaintext import is_plaintext
 from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
 
@@ -111,11 +112,15 @@ def listen(
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
+    is_encrypted = not is_plaintext(endpoint)
     socket = context.socket(kind)
     _prepare(socket, is_watched, max_message_bytes)
-    socket.curve_server = True  # Must be set before bind.
-    socket.curve_secretkey = keys.secret
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    if is_encrypted:
+        socket.curve_server = True  # Must be set before bind.
+        socket.curve_secretkey = keys.secret
+    else:
+        socket.plain_server = True
     reason = "no port in the range"
     for candidate in _port_range(endpoint):
         try:
@@ -196,10 +201,14 @@ def connect_once(
 
 
 def _dial(socket: zmq.Socket[Any], keys: KeyPair, server_key: bytes, endpoint: str) -> None:
+    is_encrypted = not is_plaintext(endpoint)
     try:
-        socket.curve_publickey = keys.public
-        socket.curve_secretkey = keys.secret
-        socket.curve_serverkey = server_key
+        if is_encrypted:
+            socket.curve_publickey = keys.public
+            socket.curve_secretkey = keys.secret
+            socket.curve_serverkey = server_key
+        else:
+            socket.plain_username, socket.plain_password = keys.public, b"-"
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         raise ProtocolError(

@@ -26,6 +26,7 @@ from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
 from engine.host.messages import NodeState
 from engine.host.neighbours import RETRY_SECONDS, Neighbours
 from engine.host.node import Node, Runner, Wanted
+from engine.host.telemetry_rate import wanted_hz
 from engine.plan.plan import Transport
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ class Nodes:
         self._is_closing = False
         self._enders: list[threading.Thread] = []
         self.host_name = socket.gethostname()
+        self._hello = m.Hello(host_name=self.host_name, telemetry_hz=wanted_hz())
         self.neighbours = Neighbours(
-            context, keys, trusted, self.host_name, self._nodes, self._lose, on_change
+            context, keys, trusted, self._hello, self._nodes, self._lose, on_change
         )
 
     # ---- adding ------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ class Nodes:
         if self._is_closing:
             return
         node.connect_child(self._context, address.public_key.encode("ascii"), address.endpoints[0])
-        self._tell(node, m.Hello(host_name=self.host_name))
+        self._tell(node, self._hello)
         self._on_change()
 
     def _tell(self, node: Node, message: m.Message) -> None:

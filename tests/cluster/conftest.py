@@ -1,0 +1,37 @@
+"""A network of computers, where the system allows one, that fails a test which leaves something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.network import Network, why_impossible
+
+_skipped_for: list[str] = []
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    """A switch without computers yet; skips where there can be none, and says why."""
+    reason = why_impossible()
+    if reason:
+        _skipped_for.append(reason)
+        pytest.skip(reason)
+    made = Network(tmp_path / "computers")
+    try:
+        yield made
+    finally:
+        left = made.close()
+    if left:
+        pytest.fail(f"left on the computers of the bench: {'; '.join(left)}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it where nobody asked for reasons of skips: these tests are missing from the run."""
+    if _skipped_for:
+        terminalreporter.write_line(
+            f"{len(_skipped_for)} tests need computers on a network of their own and did not run: "
+            f"{_skipped_for[0]}"
+        )

@@ -114,6 +114,7 @@ def run_exchange(side: int, pipe: Connection) -> list[float]:
     def wait(seconds: float) -> None:
         ready = dict(poller.poll(int(seconds * 1000)))
         if ready.keys() - {bound}:
+            links.note_losses()
             links.check()
 
     exchange = Exchange(

@@ -87,11 +87,10 @@ class PeerLinks:
                 self._losses.setdefault(index, _LOSSES[zmq.Event(event["event"])])
 
     def check(self) -> None:
-        """Raise if a connection broke, now or earlier: what was on its way then is gone.
+        """Raise if a connection is known to have broken: what was on its way then is gone.
 
         Raises: WorkerLost: names the peer.
         """
-        self.note_losses()
         for index, reason in self._losses.items():
             raise self.lost(index, reason)
 

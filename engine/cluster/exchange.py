@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.cluster.collectives import RowHandOver, hand_over_table, is_scattered, token_parts
+from engine.cluster.collectives import RowHandOver, Way, hand_over_table, way_of
 from engine.cluster.messages import Array, HandOver, expect_tensor
 from engine.cluster.peer_links import PeerLinks
 from engine.cluster.pieces import MAX_PIECES
@@ -40,27 +40,6 @@ HELD_BYTES = 1024
 MAX_WAYS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """How a number of tokens is handed over after a row, for one device.
-
-    Attributes:
-        targets: the half-open range of tokens that each device adds up; those with none left out.
-        needed: whose finished tokens make up the result, in the order of the tokens.
-        others: contributors besides this device.
-        adds: whether this device adds parts up.
-    """
-
-    row: int
-    table: RowHandOver
-    is_alone: bool
-    is_scattered: bool
-    targets: dict[int, tuple[int, int]]
-    needed: tuple[int, ...]
-    others: tuple[int, ...]
-    adds: bool
-
-
 @dataclass(slots=True)
 class _UnderWay:
     """A hand-over that this device has begun.
@@ -70,7 +49,8 @@ class _UnderWay:
         finished: what is known of the result, by who finished it.
     """
 
-    way: _Way
+    way: Way
+    row: int
     piece: int
     x: Activations | None = None
     own: Array | None = None
@@ -119,7 +99,7 @@ class Exchange:
         self._wait = wait
         self._add = add
         self._table = hand_over_table(plan, device_index)
-        self._ways: dict[tuple[int, int, str], _Way] = {}
+        self._ways: dict[tuple[int, int, str], Way] = {}
         self._step_id = 0
         self._wire: str = plan.wire
         self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array], int]] = {}
@@ -170,14 +150,16 @@ class Exchange:
             ProtocolError: a peer sent something else than the plan says.
             WorkerLost: a peer takes nothing.
         """
-        key = (row, num_tokens, self._wire)
+        me, key = self.device_index, (row, num_tokens, self._wire)
         way = self._ways.get(key)
         if way is None:
             # Lengths of prompts are many; those of generated steps come again and again.
             if len(self._ways) >= MAX_WAYS:
                 self._ways.clear()
-            way = self._ways[key] = self._way(row, num_tokens)
-        item = _UnderWay(way, piece)
+            way = self._ways[key] = way_of(
+                self._table[row], me, num_tokens, self._width, self._wire
+            )
+        item = _UnderWay(way, row, piece)
         if way.table.contributes:
             assert x is not None
             assert partial is not None
@@ -244,19 +226,6 @@ class Exchange:
 
     # ---- sending -----------------------------------------------------------------------------
 
-    def _way(self, row: int, num_tokens: int) -> _Way:
-        table, me = self._table[row], self.device_index
-        others = tuple(index for index in table.contributors if index != me)
-        if not is_scattered(table, num_tokens, self._width, self._wire):
-            whole = {receiver: (0, num_tokens) for receiver in table.receivers}
-            adds = table.receives and bool(others)
-            return _Way(row, table, table.is_alone, False, whole, (me,), others, adds)
-        parts = zip(table.owners, token_parts(num_tokens, len(table.owners)), strict=True)
-        targets = {owner: part for owner, part in parts if part[0] < part[1]}
-        # Who holds the whole sum needs nobody.
-        needed = (me,) if table.is_alone and table.contributes else tuple(targets)
-        return _Way(row, table, table.is_alone, True, targets, needed, others, me in targets)
-
     def _send_parts(self, item: _UnderWay) -> None:
         way, me = item.way, self.device_index
         table = way.table
@@ -265,7 +234,7 @@ class Exchange:
         stream = item.x
         if way.is_alone:
             # The sum is its own part, so one finished tensor is enough.
-            stream = self._add(way.row, item.x, from_wire(item.own))
+            stream = self._add(item.row, item.x, from_wire(item.own))
             if table.receives:
                 item.finished[me] = stream
         for target, (start, end) in way.targets.items():
@@ -290,7 +259,7 @@ class Exchange:
         message = HandOver(
             epoch=self._epoch,
             step_id=self._step_id,
-            row=item.way.row,
+            row=item.row,
             piece=item.piece,
             device_index=self.device_index,
             phase=phase,
@@ -349,10 +318,10 @@ class Exchange:
             total = part if total is None else total + part
         assert total is not None
         assert x is not None
-        return self._add(way.row, x, total)
+        return self._add(item.row, x, total)
 
     def _has(self, item: _UnderWay, phase: _Phase, sender: int) -> bool:
-        return (self._step_id, item.way.row, item.piece, phase, sender) in self._early
+        return (self._step_id, item.row, item.piece, phase, sender) in self._early
 
     def _missing(self, item: _UnderWay) -> int:
         """Whom a hand-over that is not done waits for."""
@@ -372,7 +341,7 @@ class Exchange:
         num_tokens: int,
     ) -> list[Array]:
         """What a peer sent, after checking that it is what the plan says."""
-        row = item.way.row
+        row = item.row
         message, tensors, num_bytes = self._forget((self._step_id, row, item.piece, phase, sender))
         device = self.plan.devices[sender]
         if (message.has_partial, message.has_residual) != (partial, residual):

@@ -135,3 +135,42 @@ def is_scattered(table: RowHandOver, num_tokens: int, width: int, wire: str) -> 
         return False
     scattered = busiest_bytes(table, num_tokens, width, wire, is_scattered=True)
     return scattered + EXTRA_HOP_BYTES < direct
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a number of tokens is handed over after a row, as one device sees it.
+
+    Attributes:
+        targets: the half-open range of tokens that each device adds up; those with none left out.
+        needed: whose finished tokens make up the result, in the order of the tokens.
+        others: contributors besides this device.
+        adds: whether this device adds parts up.
+    """
+
+    table: RowHandOver
+    is_alone: bool
+    is_scattered: bool
+    targets: dict[int, tuple[int, int]]
+    needed: tuple[int, ...]
+    others: tuple[int, ...]
+    adds: bool
+
+
+def way_of(table: RowHandOver, me: int, num_tokens: int, width: int, wire: str) -> Way:
+    """How a device hands over so many tokens.
+
+    Args:
+        table: of device `me`.
+        width: of the residual stream.
+    """
+    others = tuple(index for index in table.contributors if index != me)
+    if not is_scattered(table, num_tokens, width, wire):
+        whole = {receiver: (0, num_tokens) for receiver in table.receivers}
+        adds = table.receives and bool(others)
+        return Way(table, table.is_alone, False, whole, (me,), others, adds)
+    parts = zip(table.owners, token_parts(num_tokens, len(table.owners)), strict=True)
+    targets = {owner: part for owner, part in parts if part[0] < part[1]}
+    # Who holds the whole sum needs nobody.
+    needed = (me,) if table.is_alone and table.contributes else tuple(targets)
+    return Way(table, table.is_alone, True, targets, needed, others, me in targets)

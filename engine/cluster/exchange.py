@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.cluster.collectives import RowHandOver, hand_over_table, is_scattered, token_parts
+from engine.cluster.collectives import RowHandOver, Way, hand_over_table, way_of
 from engine.cluster.messages import Array, HandOver, expect_tensor
 from engine.cluster.peer_links import PeerLinks
 from engine.cluster.pieces import MAX_PIECES
@@ -31,8 +31,13 @@ from engine.plan.plan import Plan
 
 # The engine host notices a lost peer long before; this bounds the wait when the host is gone too.
 WAIT_SECONDS = 300.0
+# A poll that finds something takes less; what took longer came while nobody computed.
+SHORTEST_WAIT_NS = 50_000
 # Hand-overs that came before this device got there; more is no plan's.
 MAX_EARLY_BYTES = 1 << 30
+# Memory of a hand-over without its tensors, so that many without any count, too.
+HELD_BYTES = 1024
+MAX_WAYS = 4096
 
 
 @dataclass(slots=True)
@@ -40,29 +45,24 @@ class _UnderWay:
     """A hand-over that this device has begun.
 
     Attributes:
-        targets: the half-open range of tokens that each device adds up; those with none left out.
         x, own: the residual stream and the rounded partial sum, where this device contributed.
-        needed: whose finished tokens make up the result, in the order of the tokens.
-        finished: those that are known.
+        finished: what is known of the result, by who finished it.
     """
 
+    way: Way
     row: int
     piece: int
-    table: RowHandOver
-    targets: dict[int, tuple[int, int]]
-    is_scattered: bool
-    needed: tuple[int, ...]
     x: Activations | None = None
     own: Array | None = None
     finished: dict[int, Activations] = field(default_factory=dict[int, Activations])
 
     @property
     def is_done(self) -> bool:
-        return len(self.finished) == len(self.needed)
+        return len(self.finished) == len(self.way.needed)
 
     @property
     def result(self) -> Activations:
-        parts = [self.finished[index] for index in self.needed]
+        parts = [self.finished[index] for index in self.way.needed]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -99,10 +99,10 @@ class Exchange:
         self._wait = wait
         self._add = add
         self._table = hand_over_table(plan, device_index)
-        self._scatters: dict[tuple[int, int, str], bool] = {}
+        self._ways: dict[tuple[int, int, str], Way] = {}
         self._step_id = 0
         self._wire: str = plan.wire
-        self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array]]] = {}
+        self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array], int]] = {}
         self._early_bytes = 0
         self._under_way: dict[tuple[int, int], _UnderWay] = {}
 
@@ -150,8 +150,17 @@ class Exchange:
             ProtocolError: a peer sent something else than the plan says.
             WorkerLost: a peer takes nothing.
         """
-        item = self._plan_hand_over(row, piece, num_tokens)
-        if item.table.contributes:
+        me, key = self.device_index, (row, num_tokens, self._wire)
+        way = self._ways.get(key)
+        if way is None:
+            # Lengths of prompts are many; those of generated steps come again and again.
+            if len(self._ways) >= MAX_WAYS:
+                self._ways.clear()
+            way = self._ways[key] = way_of(
+                self._table[row], me, num_tokens, self._width, self._wire
+            )
+        item = _UnderWay(way, row, piece)
+        if way.table.contributes:
             assert x is not None
             assert partial is not None
             started = time.perf_counter_ns()
@@ -164,7 +173,7 @@ class Exchange:
             item.x, item.own = x, own
             self._send_parts(item)
             self.counters.serialise_ns += time.perf_counter_ns() - started
-        if item.table.receives:
+        if way.table.receives:
             is_first = not self._under_way
             self._under_way[row, piece] = item
             self._go_on(item)
@@ -182,24 +191,24 @@ class Exchange:
         item = self._under_way.get((row, piece))
         if item is None:
             return None
-        deadline = time.monotonic() + WAIT_SECONDS
-        has_waited = False
+        deadline = 0.0
         while not item.is_done:
-            if self._take_one(was_waited_for=has_waited):
-                has_waited = False
-                continue
+            # Not tried first: what is there already makes the wait a short one.
             missing = self._missing(item)
-            if time.monotonic() > deadline:
-                what = self.plan.shape.row_name(row)
-                raise self.links.lost(
-                    missing, f"it sent nothing for {what} in {WAIT_SECONDS:.0f} s"
-                )
             started = time.perf_counter_ns()
             self._wait(1.0)
             waited = time.perf_counter_ns() - started
             self.counters.wait_ns += waited
             self.counters.link(missing).wait_ns += waited
-            has_waited = True
+            if self._take_one(was_waited_for=waited > SHORTEST_WAIT_NS):
+                continue
+            now = time.monotonic()
+            deadline = deadline or now + WAIT_SECONDS
+            if now > deadline:
+                what = self.plan.shape.row_name(row)
+                raise self.links.lost(
+                    missing, f"it sent nothing for {what} in {WAIT_SECONDS:.0f} s"
+                )
         del self._under_way[row, piece]
         return item.result
 
@@ -220,44 +229,25 @@ class Exchange:
 
     # ---- sending -----------------------------------------------------------------------------
 
-    def _plan_hand_over(self, row: int, piece: int, num_tokens: int) -> _UnderWay:
-        table, me = self._table[row], self.device_index
-        key = (row, num_tokens, self._wire)
-        scattered = self._scatters.get(key)
-        if scattered is None:
-            scattered = is_scattered(table, num_tokens, self._width, self._wire)
-            self._scatters[key] = scattered
-        if not scattered:
-            whole = {receiver: (0, num_tokens) for receiver in table.receivers}
-            return _UnderWay(row, piece, table, whole, False, (me,))
-        parts = token_parts(num_tokens, len(table.owners))
-        targets = {
-            owner: part
-            for owner, part in zip(table.owners, parts, strict=True)
-            if part[0] < part[1]
-        }
-        # Who holds the whole sum needs nobody.
-        needed = (me,) if table.is_alone and table.contributes else tuple(targets)
-        return _UnderWay(row, piece, table, targets, True, needed)
-
     def _send_parts(self, item: _UnderWay) -> None:
-        table, me = item.table, self.device_index
+        way, me = item.way, self.device_index
+        table = way.table
         assert item.x is not None
         assert item.own is not None
-        stream = np.ascontiguousarray(item.x)
-        if table.is_alone:
+        stream = item.x
+        if way.is_alone:
             # The sum is its own part, so one finished tensor is enough.
             stream = self._add(item.row, item.x, from_wire(item.own))
             if table.receives:
                 item.finished[me] = stream
-        for target, (start, end) in item.targets.items():
+        for target, (start, end) in way.targets.items():
             if target == me:
                 continue
             lacks_stream = target in table.newcomers and table.contributors[0] == me
-            tensors = [] if table.is_alone else [item.own[start:end]]
+            tensors = [] if way.is_alone else [item.own[start:end]]
             if lacks_stream:
-                tensors.append(stream[start:end])
-            self._send(target, item, "part", not table.is_alone, lacks_stream, tensors)
+                tensors.append(np.ascontiguousarray(stream[start:end]))
+            self._send(target, item, "part", not way.is_alone, lacks_stream, tensors)
 
     def _send(
         self,
@@ -282,47 +272,50 @@ class Exchange:
             heard_ns=heard_ns,
         )
         num_bytes = self.links.send(target, message, tensors)
-        self.counters.sent_bytes += num_bytes
-        self.counters.link(target).sent_bytes += num_bytes
+        counters = self.counters
+        counters.sent_bytes += num_bytes
+        counters.link(target).sent_bytes += num_bytes
 
     # ---- receiving ---------------------------------------------------------------------------
 
     def _go_on(self, item: _UnderWay) -> None:
         """Do what can be done for a hand-over with what has come so far."""
-        me = self.device_index
-        if me in item.targets and me not in item.finished:
-            if not all(self._has(item, "part", c) for c in item.table.contributors if c != me):
-                return
+        way, me = item.way, self.device_index
+        if way.adds and me not in item.finished:
+            for other in way.others:
+                if not self._has(item, "part", other):
+                    return
             mine = item.finished[me] = self._add_parts(item)
-            if item.is_scattered:
-                for other in item.table.owners:
+            if way.is_scattered:
+                for other in way.table.owners:
                     if other != me:
                         self._send(other, item, "finished", False, True, [mine])
-        for owner in item.needed:
+        if not way.is_scattered:
+            return
+        for owner in way.needed:
             if owner not in item.finished and self._has(item, "finished", owner):
-                start, end = item.targets[owner]
-                item.finished[owner] = self._take(
-                    item, "finished", owner, False, True, end - start
-                )[0]
+                start, end = way.targets[owner]
+                tensors = self._take(item, "finished", owner, False, True, end - start)
+                item.finished[owner] = tensors[0]
 
     def _add_parts(self, item: _UnderWay) -> Activations:
         """The residual stream of the tokens that this device finishes."""
-        table, me = item.table, self.device_index
-        start, end = item.targets[me]
+        way, me = item.way, self.device_index
+        start, end = way.targets[me]
         x = None if item.x is None else item.x[start:end]
         total: Activations | None = None
-        for contributor in table.contributors:
+        for contributor in way.table.contributors:
             if contributor == me:
                 assert item.own is not None
                 part = from_wire(item.own[start:end])
             else:
-                lacks_stream = x is None and contributor == table.contributors[0]
+                lacks_stream = x is None and contributor == way.table.contributors[0]
                 tensors = self._take(
-                    item, "part", contributor, not table.is_alone, lacks_stream, end - start
+                    item, "part", contributor, not way.is_alone, lacks_stream, end - start
                 )
                 if lacks_stream:
                     x = tensors[-1]
-                if table.is_alone:
+                if way.is_alone:
                     return tensors[0]
                 part = from_wire(tensors[0])
             total = part if total is None else total + part
@@ -335,12 +328,11 @@ class Exchange:
 
     def _missing(self, item: _UnderWay) -> int:
         """Whom a hand-over that is not done waits for."""
-        me = self.device_index
-        if me in item.targets and me not in item.finished:
-            return next(
-                c for c in item.table.contributors if c != me and not self._has(item, "part", c)
-            )
-        return next(owner for owner in item.needed if owner not in item.finished)
+        if item.way.adds and self.device_index not in item.finished:
+            for other in item.way.others:
+                if not self._has(item, "part", other):
+                    return other
+        return next(owner for owner in item.way.needed if owner not in item.finished)
 
     def _take(
         self,
@@ -352,11 +344,12 @@ class Exchange:
         num_tokens: int,
     ) -> list[Array]:
         """What a peer sent, after checking that it is what the plan says."""
-        message, tensors = self._forget((self._step_id, item.row, item.piece, phase, sender))
+        row = item.row
+        message, tensors, num_bytes = self._forget((self._step_id, row, item.piece, phase, sender))
         device = self.plan.devices[sender]
         if (message.has_partial, message.has_residual) != (partial, residual):
             raise ProtocolError(
-                f"{device} handed over other tensors for {self.plan.shape.row_name(item.row)} "
+                f"{device} handed over other tensors for {self.plan.shape.row_name(row)} "
                 "than the plan says"
             )
         if len(tensors) != int(partial) + int(residual):
@@ -364,9 +357,9 @@ class Exchange:
                 f"{device} handed over {len(tensors)} tensors, announced "
                 f"{int(partial) + int(residual)}"
             )
-        num_bytes = sum(tensor.nbytes for tensor in tensors)
-        self.counters.received_bytes += num_bytes
-        self.counters.link(sender).received_bytes += num_bytes
+        counters = self.counters
+        counters.received_bytes += num_bytes
+        counters.link(sender).received_bytes += num_bytes
         shape = (num_tokens, self._width)
         what = f"hand-over of {device}"
         if partial:
@@ -405,24 +398,20 @@ class Exchange:
                 f"{self.plan.devices[message.device_index]} handed over "
                 f"{self.plan.shape.row_name(message.row)} twice"
             )
-        self._early_bytes += _held_bytes(received.tensors)
+        num_bytes = sum([tensor.nbytes for tensor in received.tensors])
+        self._early_bytes += num_bytes + HELD_BYTES
         if self._early_bytes > MAX_EARLY_BYTES:
             raise ProtocolError(
                 f"peers handed over {self._early_bytes:,} bytes that nothing has asked for yet, at "
                 f"most {MAX_EARLY_BYTES:,} are kept"
             )
-        self._early[key] = (message, received.tensors)
+        self._early[key] = (message, received.tensors, num_bytes)
         item = self._under_way.get((message.row, message.piece))
         if item is not None and message.step_id == self._step_id:
             self._go_on(item)
         return True
 
-    def _forget(self, key: tuple[int, int, int, _Phase, int]) -> tuple[HandOver, list[Array]]:
-        message, tensors = self._early.pop(key)
-        self._early_bytes -= _held_bytes(tensors)
-        return message, tensors
-
-
-def _held_bytes(tensors: list[Array]) -> int:
-    """Memory of one hand-over that is kept; one without tensors takes some, too."""
-    return 1024 + sum(tensor.nbytes for tensor in tensors)
+    def _forget(self, key: tuple[int, int, int, _Phase, int]) -> tuple[HandOver, list[Array], int]:
+        held = self._early.pop(key)
+        self._early_bytes -= held[2] + HELD_BYTES
+        return held

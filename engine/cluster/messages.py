@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -42,6 +42,11 @@ NUMPY_TYPES: dict[str, npt.DTypeLike] = {
     "uint8": np.uint8,
     "int64": np.int64,
 }
+# By the dtype itself: numpy takes longer to name one than to send a small tensor.
+_WIRE_NAMES: dict[np.dtype[Any], WireDtype] = {
+    np.dtype(kind): cast(WireDtype, name) for name, kind in NUMPY_TYPES.items()
+}
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(kind) for name, kind in NUMPY_TYPES.items()}
 
 
 class Message(
@@ -59,9 +64,12 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     @property
     def num_bytes(self) -> int:
         """Size by unbounded integers; a shape that is none gives a number no frame can match."""
-        if len(self.shape) > MAX_RANK or any(not 0 <= n <= MAX_DIMENSION for n in self.shape):
+        if len(self.shape) > MAX_RANK:
             return -1
-        return math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.dtype]).itemsize
+        for n in self.shape:
+            if not 0 <= n <= MAX_DIMENSION:
+                return -1
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 # ---- engine host <-> worker ------------------------------------------------------------------
@@ -607,10 +615,7 @@ class Codec(Generic[M]):
             tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
         Raises: PromptError: the header is too large, or has text that is not Unicode.
         """
-        specs = tuple(
-            TensorSpec("bfloat16" if a.dtype == np.uint16 else a.dtype.name, a.shape)  # type: ignore[arg-type]
-            for a in tensors
-        )
+        specs = tuple([TensorSpec(_WIRE_NAMES[a.dtype], a.shape) for a in tensors])
         try:
             header = self._encoder.encode((PROTOCOL_VERSION, message, specs))
         except UnicodeEncodeError:
@@ -685,7 +690,7 @@ def read_tensor(spec: TensorSpec, frame: Any) -> Array:
             f"part has {view.nbytes:,}"
         )
     try:
-        return np.frombuffer(view, dtype=NUMPY_TYPES[spec.dtype]).reshape(spec.shape)
+        return np.frombuffer(frame, dtype=_DTYPES[spec.dtype]).reshape(spec.shape)
     except ValueError as error:  # Nothing in it, and dimensions no array can have.
         raise ProtocolError(f"tensor says {list(spec.shape)}: {error}") from error
 
@@ -695,7 +700,7 @@ def expect_tensor(array: Array, dtype: str, shape: tuple[int, ...], what: str) -
 
     Raises: ProtocolError: names `what`, the dtype and shape found, and those expected.
     """
-    if array.shape != shape or array.dtype != np.dtype(NUMPY_TYPES[dtype]):
+    if array.shape != shape or array.dtype != _DTYPES[dtype]:
         raise ProtocolError(
             f"{what} is {array.dtype.name} {list(array.shape)}, expected {dtype} {list(shape)}"
         )

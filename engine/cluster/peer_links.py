@@ -23,8 +23,8 @@ from engine.cluster.transport import Channel, Received, connect
 from engine.errors import ProtocolError, WorkerLost
 
 ANSWER_SECONDS = 5.0
-NUM_PINGS = 5
-# A transfer this long, or of this many bytes, says enough about a link.
+NUM_PINGS = 10
+# Transfers grow until two took this long, or had this many bytes; one alone may have been unlucky.
 TRANSFER_SECONDS = 0.02
 LARGEST_TRANSFER = 8 << 20
 _FIRST_TRANSFER = 64 << 10
@@ -87,11 +87,10 @@ class PeerLinks:
                 self._losses.setdefault(index, _LOSSES[zmq.Event(event["event"])])
 
     def check(self) -> None:
-        """Raise if a connection broke, now or earlier: what was on its way then is gone.
+        """Raise if a connection is known to have broken: what was on its way then is gone.
 
         Raises: WorkerLost: names the peer.
         """
-        self.note_losses()
         for index, reason in self._losses.items():
             raise self.lost(index, reason)
 
@@ -168,13 +167,14 @@ class PeerLinks:
             estimate = self._estimates[index]
             for number in range(NUM_PINGS):
                 estimate.take_ping(self._ping(index, number, 0, wait))
-            num_bytes = _FIRST_TRANSFER
-            while num_bytes <= LARGEST_TRANSFER:
+            num_bytes, num_telling = _FIRST_TRANSFER, 0
+            while num_telling < 2:
                 seconds = self._ping(index, num_bytes, num_bytes, wait)
                 estimate.take_transfer(num_bytes, seconds)
-                if seconds >= TRANSFER_SECONDS:
-                    break
-                num_bytes *= 4 if num_bytes < LARGEST_TRANSFER // 4 else 2
+                if seconds >= TRANSFER_SECONDS or num_bytes == LARGEST_TRANSFER:
+                    num_telling += 1
+                else:
+                    num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)
         return self._figures(self._estimates)
 
     def fresh_figures(self) -> tuple[m.LinkFigures, ...]:

@@ -152,11 +152,13 @@ class Runner:
             return self._pending.popleft()
         timeout_ms = int(timeout_seconds * 1000)
         if self._stepping is not None:
-            self._poller.poll(timeout_ms)
+            ready = dict(self._poller.poll(timeout_ms))
             timeout_ms = 0
-            # Peers may still measure their links, or be a step ahead.
-            self._stepping.exchange.links.note_losses()
-            self._stepping.exchange.take_early()
+            if ready.keys() - {self._control.socket, self._inbox.socket}:
+                self._stepping.exchange.links.note_losses()
+            if self._inbox.socket in ready:
+                # Peers may still measure their links, or be a step ahead.
+                self._stepping.exchange.take_early()
         received = self._control.receive(timeout_ms)
         if received is None:
             return None
@@ -211,8 +213,10 @@ class Runner:
             raise _AbortedError
         if self._control.socket in ready:
             self._hear_host()
-        if self._stepping is not None and ready.keys() - {self._inbox.socket}:
-            self._stepping.exchange.links.check()
+        if self._stepping is not None and ready.keys() - {self._control.socket, self._inbox.socket}:
+            links = self._stepping.exchange.links
+            links.note_losses()
+            links.check()
         self._report_progress()
 
     def _between_rows(self, row: int, kind: StepKind) -> None:

@@ -29,7 +29,10 @@ class Counters:
 
     def link(self, index: int) -> LinkCounters:
         """The counters of the link to a device."""
-        return self.by_link.setdefault(index, LinkCounters())
+        found = self.by_link.get(index)
+        if found is None:
+            found = self.by_link[index] = LinkCounters()
+        return found
 
     def links(self) -> tuple[LinkTraffic, ...]:
         """As a StepAnswer carries them."""

@@ -87,9 +87,10 @@ class Member:
 
     def wait(self, seconds: float) -> None:
         """As a runner waits."""
-        self._poller.poll(int(seconds * 1000))
-        assert self.links is not None
-        self.links.check()
+        ready = dict(self._poller.poll(int(seconds * 1000)))
+        if self.links is not None and ready.keys() - {self.inbox.socket}:
+            self.links.note_losses()
+            self.links.check()
 
     def close(self) -> None:
         """Close everything."""

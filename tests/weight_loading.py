@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engine.cluster import messages as m
 from engine.cluster.coordinator import Coordinator, LoadRequest, RunnerAddress
 from engine.cluster.loading import Loader
+from engine.cluster.local_copies import describe_files
 from engine.cluster.processes import Child, Greeting
 from engine.cluster.security import new_key_pair
 from engine.cluster.slice_cache import SliceCache
@@ -45,11 +46,14 @@ class _Source:
 
 
 class RunnerProcesses:
-    """Runner processes that never read a local copy, each with a cache folder of its own."""
+    """Runner processes, each with a cache folder of its own."""
 
-    def __init__(self, folder: Path, devices: Sequence[str]) -> None:
-        """Args: folder: of the caches and of the content hashes; survives a restart."""
+    def __init__(
+        self, folder: Path, devices: Sequence[str], *, uses_local_files: bool = False
+    ) -> None:
+        """Args: folder: of the caches; survives a restart."""
         self.folder = folder
+        self._environment = {"SHARDMIX_LOCAL_FILES": "on" if uses_local_files else "off"}
         self.devices = list(devices)
         self._context: zmq.Context[Any] = zmq.Context()
         self._coordinator = Coordinator(self._context)
@@ -93,7 +97,7 @@ class RunnerProcesses:
                 "engine.cluster.runner_process",
                 ["shardmix-runner", device],
                 Greeting(self._keys.public.decode("ascii"), settings),
-                environment={"SHARDMIX_LOCAL_FILES": "off"},
+                environment=self._environment,
             )
         for device in which:
             address = self._children[device].address(START_SECONDS)
@@ -113,12 +117,14 @@ class RunnerProcesses:
         plan: Plan,
         checkpoint_id: str = "",
         read: Source | None = None,
+        hashes_path: Path | None = None,
     ) -> Mapping[str, m.Loaded]:
         """Put a plan in force.
 
         Args:
             checkpoint_id: runners keep packed weights between loads that have the same.
             read: serves slices instead of the checkpoint.
+            hashes_path: where content hashes are kept.
         """
         self._epoch += 1
         request = LoadRequest(
@@ -133,6 +139,8 @@ class RunnerProcesses:
             checkpoint_id=checkpoint_id,
             tensors=tuple(checkpoint.tensors.values()),
             source=_Source(read or checkpoint.read_slice),
+            files=dict.fromkeys(self.devices, describe_files(checkpoint.files, True)),
+            hashes_path=hashes_path,
         )
         runners = [self._addresses[plan.devices[i]] for i in plan.used_devices()]
         return self._coordinator.load(request, runners, lambda *_: None, lambda: False)

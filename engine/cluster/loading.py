@@ -16,21 +16,22 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.cluster import messages as m
+from engine.cluster.load_pieces import Assembly, Fetch, HashesKey, PartSlice, Piece
 from engine.cluster.local_copies import open_local_copy
 from engine.cluster.slice_cache import SliceCache
 from engine.errors import ProtocolError
 from engine.kernels.matrices import Matrix
-from engine.model.content_units import SUM_BYTES, Units, content_sum, units_of
+from engine.model.content_units import SUM_BYTES, content_sum, units_of
 from engine.model.shard import ModelShard
 from engine.model.share_keys import SliceKey, WeightKey
-from engine.model.weight_store import RawBytes, WeightStore
+from engine.model.weight_store import WeightStore
 from engine.weights.formats import format_named, num_bytes
 
 # Small enough that a link of some Mbit/s carries one within the time of a few heartbeats.
@@ -41,77 +42,6 @@ BYTES_UNDER_WAY = 4 * CHUNK_BYTES
 PIECE_BYTES = 4 << 20
 HASHES_AHEAD = 16
 PROGRESS_SECONDS = 0.1
-
-
-class _Slice:
-    """One widened slice of a weight: whole units of a tensor."""
-
-    def __init__(self, wide: SliceKey, units: Units, num_bytes: int, rows: int) -> None:
-        assert wide.axis == units.axis
-        assert wide.start % units.size == 0
-        self.wide = wide
-        self.units = units
-        self.first_unit = wide.start // units.size
-        self.end_unit = -(-wide.end // units.size)
-        self.num_bytes = num_bytes
-        self._rows = rows
-        self._grid: RawBytes | None = None
-
-    @property
-    def grid(self) -> RawBytes:
-        """uint8 [rows, bytes a row]; memory is taken when it is first used."""
-        if self._grid is None:
-            self._grid = np.empty((self._rows, self.num_bytes // self._rows), dtype=np.uint8)
-        return self._grid
-
-    def view(self, first: int, end: int) -> RawBytes:
-        """The bytes of units [first, end) of the tensor, not copied."""
-        return self.units.view(self.grid, first - self.first_unit, end - self.first_unit)
-
-    def key(self, first: int, end: int) -> SliceKey:
-        """Units [first, end) of the tensor, in elements."""
-        size = self.units.size
-        return self.wide._replace(start=first * size, end=min(end * size, self.wide.end))
-
-
-class _Assembly:
-    """A weight whose slices are coming in."""
-
-    def __init__(self, key: WeightKey, slices: list[_Slice]) -> None:
-        self.key = key
-        self.slices = slices
-        self.missing_bytes = sum(part.num_bytes for part in slices)
-
-
-class _Piece:
-    """Consecutive units that are looked for together."""
-
-    def __init__(self, assembly: _Assembly, part: _Slice, first: int, end: int) -> None:
-        self.assembly = assembly
-        self.part = part
-        self.first = first
-        self.end = end
-        self.sums: list[bytes] | None = None
-
-
-class _Fetch:
-    """Consecutive units that come from the engine host, in one or several requests."""
-
-    def __init__(self, piece: _Piece, first: int, end: int) -> None:
-        self.piece = piece
-        self.first = first
-        self.end = end
-        self.num_open = 0
-
-
-class _HashesKey(NamedTuple):
-    """What identifies an answer to HashesRequest."""
-
-    name: str
-    axis: int
-    unit: int
-    start: int
-    end: int
 
 
 class Loader:
@@ -150,10 +80,10 @@ class Loader:
         self._reported_at = 0.0
         self._num_missing = len(missing)
         self._pieces = self._cut(missing)
-        self._looking: deque[_Piece] = deque()
-        self._asked: dict[_HashesKey, _Piece] = {}
-        self._requests: deque[tuple[SliceKey, int, _Fetch]] = deque()
-        self._under_way: dict[SliceKey, tuple[int, _Fetch]] = {}
+        self._looking: deque[Piece] = deque()
+        self._asked: dict[HashesKey, Piece] = {}
+        self._requests: deque[tuple[SliceKey, int, Fetch]] = deque()
+        self._under_way: dict[SliceKey, tuple[int, Fetch]] = {}
         self._bytes_under_way = 0
         self._copy = open_local_copy(load) if missing else None
         self._cache: SliceCache | None = None
@@ -257,23 +187,23 @@ class Loader:
 
     # ---- cutting -----------------------------------------------------------------------------
 
-    def _cut(self, keys: list[WeightKey]) -> Iterator[_Piece]:
+    def _cut(self, keys: list[WeightKey]) -> Iterator[Piece]:
         for key in keys:
-            assembly = _Assembly(key, [self._slice(s) for s in key.slices])
+            assembly = Assembly(key, [self._slice(s) for s in key.slices])
             for part in assembly.slices:
                 step = max(1, PIECE_BYTES // part.units.unit_bytes)
                 for first in range(part.first_unit, part.end_unit, step):
-                    yield _Piece(assembly, part, first, min(first + step, part.end_unit))
+                    yield Piece(assembly, part, first, min(first + step, part.end_unit))
 
-    def _slice(self, narrow: SliceKey) -> _Slice:
+    def _slice(self, narrow: SliceKey) -> PartSlice:
         wide = self.store.stored_slice(narrow)
         shape = self.store.stored_shape(wide)
         units = units_of(self._tensors[wide.name], self._head_width, self._shape)
-        return _Slice(wide, units, self.store.stored_bytes(wide), shape[0] if shape[1:] else 1)
+        return PartSlice(wide, units, self.store.stored_bytes(wide), shape[0] if shape[1:] else 1)
 
-    def _hashes_request(self, piece: _Piece) -> m.HashesRequest:
+    def _hashes_request(self, piece: Piece) -> m.HashesRequest:
         wide, unit = piece.part.wide, piece.part.units.size
-        key = _HashesKey(wide.name, wide.axis, unit, piece.first, piece.end)
+        key = HashesKey(wide.name, wide.axis, unit, piece.first, piece.end)
         self._asked[key] = piece
         return m.HashesRequest(
             epoch=self._epoch,
@@ -290,7 +220,7 @@ class Loader:
     def _reads_unchecked(self) -> bool:
         return self._copy is not None and self._copy.is_proven
 
-    def _look_for(self, piece: _Piece) -> None:
+    def _look_for(self, piece: Piece) -> None:
         if self._reads_unchecked:
             self._read_copy(piece)
             self._took(piece.assembly, piece.part.view(piece.first, piece.end).nbytes, "local")
@@ -302,12 +232,12 @@ class Loader:
         for first, end in _runs(missing):
             self._fetch(piece, first, end)
 
-    def _read_copy(self, piece: _Piece) -> None:
+    def _read_copy(self, piece: Piece) -> None:
         assert self._copy is not None
         view = piece.part.view(piece.first, piece.end)
         view[...] = self._copy.read(*piece.part.key(piece.first, piece.end)).reshape(view.shape)
 
-    def _check_copy(self, piece: _Piece) -> list[int]:
+    def _check_copy(self, piece: Piece) -> list[int]:
         """Read units whose content is right; returns the others, and drops a copy that has any."""
         assert piece.sums is not None
         self._read_copy(piece)
@@ -319,7 +249,7 @@ class Loader:
             self._took(piece.assembly, view.nbytes, "local")
         return []
 
-    def _read_cache(self, piece: _Piece, wanted: list[int]) -> list[int]:
+    def _read_cache(self, piece: Piece, wanted: list[int]) -> list[int]:
         """Take units from the cache; returns those that are not there."""
         assert piece.sums is not None
         if self._cache is None or not wanted:
@@ -344,12 +274,12 @@ class Loader:
 
     # ---- fetching from the engine host -------------------------------------------------------
 
-    def _fetch(self, piece: _Piece, first: int, end: int) -> None:
+    def _fetch(self, piece: Piece, first: int, end: int) -> None:
         """Queue requests for consecutive units, each of bounded size."""
         units = piece.part.units
         per_fetch = max(1, CHUNK_BYTES // units.unit_bytes)
         for start in range(first, end, per_fetch):
-            fetch = _Fetch(piece, start, min(start + per_fetch, end))
+            fetch = Fetch(piece, start, min(start + per_fetch, end))
             wide = piece.part.key(fetch.first, fetch.end)
             length = wide.end - wide.start
             step = length
@@ -364,7 +294,7 @@ class Loader:
                 fetch.num_open += 1
 
     def _take_sums(self, message: m.SliceHashes, tensors: list[m.Array]) -> None:
-        key = _HashesKey(message.name, message.axis, message.unit, message.start, message.end)
+        key = HashesKey(message.name, message.axis, message.unit, message.start, message.end)
         piece = self._asked.pop(key, None)
         if piece is None or len(tensors) != 1:
             raise ProtocolError(f"hashes of {key.name} {key.start}-{key.end} were not asked for")
@@ -384,7 +314,7 @@ class Loader:
         if not fetch.num_open:
             self._verify(fetch)
 
-    def _write(self, part: _Slice, key: SliceKey, data: m.Array) -> None:
+    def _write(self, part: PartSlice, key: SliceKey, data: m.Array) -> None:
         start, end = key.start - part.wide.start, key.end - part.wide.start
         if part.units.is_rows:
             part.grid[start:end] = data.reshape(end - start, -1)
@@ -393,7 +323,7 @@ class Loader:
         first_byte, end_byte = num_bytes(entry, (start,)), num_bytes(entry, (end,))
         part.grid[:, first_byte:end_byte] = data.reshape(part.grid.shape[0], -1)
 
-    def _verify(self, fetch: _Fetch) -> None:
+    def _verify(self, fetch: Fetch) -> None:
         """Check units that are whole now, and keep them."""
         piece = fetch.piece
         assert piece.sums is not None
@@ -411,7 +341,7 @@ class Loader:
                 self._cache.put(wanted, data.tobytes())
             self._took(piece.assembly, data.nbytes, "received")
 
-    def _took(self, assembly: _Assembly, num_bytes: int, source: str) -> None:
+    def _took(self, assembly: Assembly, num_bytes: int, source: str) -> None:
         """Count bytes that are in their place; pack the weight when it is whole."""
         self.done_bytes += num_bytes
         if source == "local":

@@ -363,10 +363,11 @@ def _transaction(database: sqlite3.Connection) -> Generator[None]:
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
+        database.execute("COMMIT")
     except BaseException:
-        database.execute("ROLLBACK")
+        if database.in_transaction:  # A full disk may have ended it already.
+            database.execute("ROLLBACK")
         raise
-    database.execute("COMMIT")
 
 
 def _lock_path(pack: Path) -> Path:

@@ -126,6 +126,17 @@ def test_a_second_load_by_new_runners_receives_nothing(model: Model, tmp_path: P
         bench.assert_computes_right()
 
 
+def test_a_runner_that_has_the_file_reads_it_itself(model: Model, tmp_path: Path) -> None:
+    with RunnerProcesses(tmp_path, DEVICES[:1], uses_local_files=True) as runners:
+        bench = Bench(model, runners)
+        plan = single(bench.shape, DEVICES[0])
+        loaded = bench.load(plan)[DEVICES[0]]
+        assert (loaded.received_bytes, loaded.cached_bytes) == (0, 0)
+        assert loaded.local_bytes == sum(bench.share_bytes(plan, 0).values())
+        bench.assert_computes_right()
+        assert not runners.cache_folder(DEVICES[0]).exists()
+
+
 def moved(shape: PlanShape, row: int, plan: Plan) -> Plan:
     """A plan with one quantum of a row moved from the first device to the second."""
     cells = list(plan.cells)

@@ -29,9 +29,10 @@ from workers import local_messages as local
 from workers.cli_pair import pair as pair_with_a_host
 from workers.cli_speed import speed
 from workers.cli_status import status_lines
-from workers.daemon import LEASE_SECONDS, Worker, WorkerOptions
+from workers.daemon import LEASE_SECONDS, Worker
 from workers.install.commands import install, service_lines, uninstall
 from workers.limits import Limits, parse_devices, parse_size
+from workers.options import WorkerOptions
 from workers.presence import LocalConnection, PresenceLock
 from workers.slice_cache_settings import choose_cache
 from workers.speed_test import SpeedTest

@@ -14,16 +14,15 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import zmq
 
 from engine.cluster import messages as m
-from engine.cluster.identity import TrustedPeers, fingerprint
+from engine.cluster.identity import fingerprint
 from engine.cluster.processes import Greeting, answer_address, end_with_parent, read_greeting
-from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
+from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, Frames, listen, new_local_endpoint
 from engine.errors import EngineError, PeerRefused, WorkerLost
 from workers import local_messages as local
@@ -31,9 +30,10 @@ from workers.access import DOMAIN, Access, printable
 from workers.lease import Lease
 from workers.listener_watch import ListenerWatch
 from workers.mailbox import Mailbox
+from workers.options import SpeedSource, WorkerOptions
 from workers.reception import Activity, Reception
 from workers.runners import RunnerEvent, Runners, runner_settings
-from workers.slice_cache_settings import CacheSettings, choose_cache
+from workers.slice_cache_settings import choose_cache
 from workers.telemetry import Meter, list_devices, machine_id, system_label
 from workers.telemetry_thread import TelemetryThread
 
@@ -46,45 +46,6 @@ MAX_MESSAGES = 100
 LEASE_SECONDS = 10.0
 # For workers that an engine host starts itself: its owner allows exchanges without encryption.
 TRUSTED_NETWORK_VARIABLE = "SHARDMIX_TRUSTED_NETWORK"
-
-
-class SpeedSource(Protocol):
-    """Knows how fast this node is, once it has measured itself."""
-
-    def report(self) -> m.SpeedReport | None:
-        """The figures; None until they are known. Returns at once."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """What a worker is told at its start.
-
-    Attributes:
-        name: of the node; first part of its devices' names.
-        endpoint: where it listens.
-        keys: its own.
-        owner: public key that may do everything: of the engine host that started this worker, or
-            this installation's own.
-        devices: that it lends.
-        trusted: paired engine hosts; None for a worker that serves its starter alone.
-        lease_seconds: of silence that end a lease; None for never.
-        runner_ports: TCP ports runners may listen on, first and last; None lets runners of this
-            computer use local endpoints and any port.
-        watched: further processes whose use is reported, with their roles.
-    """
-
-    name: str
-    endpoint: str
-    keys: KeyPair
-    owner: bytes
-    devices: tuple[m.DeviceInfo, ...]
-    cache: CacheSettings
-    trusted: TrustedPeers | None = None
-    lease_seconds: float | None = None
-    runner_ports: tuple[int, int] | None = None
-    is_network_trusted: bool = False
-    watched: dict[int, str] = field(default_factory=dict[int, str])
 
 
 class Worker:

@@ -20,7 +20,8 @@ from engine.cluster.identity import TrustedPeer, TrustedPeers, load_identity
 from engine.cluster.security import KeyPair, new_key_pair
 from engine.cluster.transport import Channel, connect
 from engine.errors import WorkerLost
-from workers.daemon import Worker, WorkerOptions
+from workers.daemon import Worker
+from workers.options import WorkerOptions
 from workers.slice_cache_settings import CacheSettings
 from workers.telemetry import list_devices
 

@@ -15,11 +15,21 @@ _skipped_for: list[str] = []
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[Network]:
     """A switch without computers yet; skips where there can be none, and says why."""
+    yield from _network(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """The same for all tests of a file."""
+    yield from _network(tmp_path_factory.mktemp("shared"))
+
+
+def _network(folder: Path) -> Iterator[Network]:
     reason = why_impossible()
     if reason:
         _skipped_for.append(reason)
         pytest.skip(reason)
-    made = Network(tmp_path / "computers")
+    made = Network(folder / "computers")
     try:
         yield made
     finally:

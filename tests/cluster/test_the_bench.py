@@ -85,7 +85,7 @@ def test_a_limited_cable_carries_no_more_than_its_rate(
     count = 4_000_000
     with connection(near, far) as (here, there):
         ends = (there, here) if is_towards_it else (here, there)
-        # What fits the burst (125 kB) and one queue is not limited.
+        # What fits the burst (64 kB) is not limited.
         assert transfer_seconds(*ends, count) > 0.8 * count / (100e6 / 8)
 
 

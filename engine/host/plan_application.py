@@ -129,7 +129,8 @@ class PlanApplication:
             runners = self._runners_for(used, job.plan.transport)
         except EngineError as error:
             gone = {d for d in used if self._is_lost(d)}
-            if self._interruption is not None and gone:
+            has_none = self._in_force is None or self._interruption is not None
+            if has_none and gone:  # There is no plan to stay with.
                 self.recover(WorkerLost(str(error)))
             else:
                 self._end_job(error)
@@ -177,7 +178,7 @@ class PlanApplication:
             return  # `advance` starts it again.
         lost = WorkerLost(f"{device} could not be started: {cause}")
         lost.device = device
-        if self._interruption is None:
+        if self._in_force is not None and self._interruption is None:
             self._end_job(PlanError(f"{lost}. Try again"))
         else:
             self.recover(lost)

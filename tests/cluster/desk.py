@@ -63,7 +63,7 @@ class Desk:
         self.notes: list[Message] = []
         options = SessionOptions(model=str(model), dtype="float32", num_threads=1)
         with computer.entered():
-            self.session = Session(options, self._hear)
+            self.session = Session(options, self.hear)
         self.shape = PlanShape.from_config(self.session.model.config)
 
     def __enter__(self) -> Self:
@@ -93,7 +93,7 @@ class Desk:
                 raise BenchError(f"{name} is not {' or '.join(states)}; nodes are {seen}")
             event = self.session.client.receive(0.2)
             if event is not None:
-                self._hear(event.message)
+                self.hear(event.message)
         return self.nodes[name]
 
     def pair(self, computer: Computer) -> str:
@@ -109,7 +109,7 @@ class Desk:
         codes: list[str] = []
 
         def on_event(event: Event) -> None:
-            self._hear(event.message)
+            self.hear(event.message)
             if isinstance(event.message, api.PairingCode):
                 shown = there.wait_for(r"(\d{3}) (\d{3})$", PAIRING_SECONDS)
                 codes.extend([event.message.code, shown[1] + shown[2]])
@@ -129,8 +129,28 @@ class Desk:
 
     def apply(self, devices: Sequence[str], cells: Sequence[Sequence[int]]) -> None:
         """Put a table in force, one row of cells per plan row."""
+        self.session.apply(self.plan(devices, cells))
+
+    def plan(self, devices: Sequence[str], cells: Sequence[Sequence[int]]) -> Plan:
+        """A table as a plan."""
         rows = tuple(tuple(row) for row in cells)
-        self.session.apply(Plan(self.shape, tuple(devices), rows).validate())
+        return Plan(self.shape, tuple(devices), rows).validate()
+
+    def wait_for_end(self, request_id: int, timeout_seconds: float) -> Message:
+        """The event that ends a call.
+
+        Raises: BenchError: it does not come in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            event = self.session.client.receive(0.2)
+            if event is None:
+                continue
+            self.hear(event.message)
+            ends = (api.Finished, api.Done, api.CallFailed)
+            if isinstance(event.message, ends) and event.message.request_id == request_id:
+                return event.message
+        raise BenchError(f"call {request_id} did not end in {timeout_seconds:.0f} s")
 
     def generate(
         self, prompt: str, num_tokens: int, on_token: Callable[[int], None] | None = None
@@ -143,7 +163,7 @@ class Desk:
 
         def on_event(message: Message) -> None:
             nonlocal count
-            self._hear(message)
+            self.hear(message)
             if isinstance(message, api.TokensGenerated):
                 count += len(message.token_ids)
                 if on_token is not None:
@@ -153,9 +173,10 @@ class Desk:
         try:
             return self.session.generate(prompt, raw=True, max_tokens=num_tokens, ignore_eos=True)
         finally:
-            self.session.listen(self._hear)
+            self.session.listen(self.hear)
 
-    def _hear(self, message: Message) -> None:
+    def hear(self, message: Message) -> None:
+        """Take note of what the host says."""
         if isinstance(message, api.NodesChanged):
             self.nodes = {node.name: node for node in message.nodes}
         elif isinstance(message, api.PlanInterrupted | api.PlanApplied | api.PlanLost):

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from engine.client import Event
 from engine.host import messages as api
 from tests.cluster.desk import Desk, runner_of, start_workers
 from tests.cluster.network import Network
 from tests.cluster.slowness import slowed
 from tests.tiny_models import save_tiny_llama
-
-# Waits for branches nodes, worker, recovery and exchange; goes when they are merged.
-pytest.importorskip("workers.cli_pair", reason="workers cannot be paired with yet")
 
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -145,6 +143,64 @@ def test_a_cable_cut_in_the_middle_of_an_answer_pauses_it_and_the_node_comes_bac
         room.computers["middle"].mend()
     room.share()
     assert room.desk.generate(PROMPT, NUM_TOKENS).token_ids == room.alone
+
+
+@pytest.mark.parametrize("phase", ["start", "weights", "prefill", "apply"])
+def test_a_cable_cut_at_any_phase_leaves_the_answer_whole(room: Room, phase: str) -> None:
+    """Before a plan is in force, while weights are loaded or a prompt is read, or another plan is
+    applied in the middle of an answer: what is left answers."""
+    client = room.desk.session.client
+    is_cut = False
+
+    def act(event: Event) -> None:
+        nonlocal is_cut
+        room.desk.hear(event.message)
+        message = event.message
+        wanted = "weights" if phase == "apply" else phase
+        if not is_cut and isinstance(message, api.Progress) and message.phase == wanted:
+            is_cut = True
+            room.computers["middle"].cut()
+
+    plan = room.desk.plan(DEVICES, UNEVEN)
+    other = room.desk.plan(DEVICES, [row[::-1] for row in UNEVEN])
+    prompt = PROMPT * 10 if phase == "prefill" else PROMPT
+    room.desk.session.generate("z", raw=True, max_tokens=1)  # Not this prompt's beginning.
+    expected = room.desk.generate(prompt, NUM_TOKENS).token_ids
+    room.desk.session.generate("z", raw=True, max_tokens=1)
+    if phase in ("start", "weights"):
+        path = room.desk.session.model.path
+        client.run(
+            api.OpenModel(
+                request_id=client.next_request_id(), path=path, dtype="float32", num_threads=1
+            )
+        )
+    question = api.Generate(
+        request_id=client.next_request_id(),
+        raw_prompt=prompt,
+        max_tokens=NUM_TOKENS,
+        sampling=api.SamplingSettings(temperature=0.0),
+        ignore_eos=True,
+    )
+    try:
+        if phase in ("start", "weights"):
+            # Runners still have the weights of the last plan; the other one needs more.
+            needed = plan if phase == "start" else other
+            apply = api.ApplyPlan(request_id=client.next_request_id(), plan=needed)
+            client.run(apply, act, timeout_seconds=MAX_PAUSE_SECONDS)
+        if phase == "apply":
+            apply = api.ApplyPlan(request_id=client.next_request_id(), plan=other)
+            client.post(question)
+            client.run(apply, act, timeout_seconds=MAX_PAUSE_SECONDS)
+            ended = room.desk.wait_for_end(question.request_id, MAX_PAUSE_SECONDS)
+        else:
+            ended = client.run(question, act, timeout_seconds=MAX_PAUSE_SECONDS)
+        assert is_cut
+        assert isinstance(ended, api.Finished)
+        assert ended.token_ids == expected
+        room.desk.wait_for_node("middle", ["lost"])
+        assert "middle/cpu" not in {ended.plan.devices[i] for i in ended.plan.used_devices()}
+    finally:
+        room.computers["middle"].mend()
 
 
 def test_a_node_slowed_to_a_hundredth_is_waited_for(room: Room) -> None:

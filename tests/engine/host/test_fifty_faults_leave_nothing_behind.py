@@ -80,6 +80,15 @@ def test_fifty_random_faults(session: Session) -> None:
     session.apply(plans(shape)[0])
     expected = session.generate(prompt, raw=True, max_tokens=NUM_TOKENS, ignore_eos=True)
     settled: Use | None = None
+    said: list[str] = []
+
+    def listen(message: object) -> None:
+        if isinstance(message, api.PlanInterrupted | api.PlanLost):
+            said.append(message.message)
+        elif isinstance(message, api.PlanApplied):
+            said.append(f"plan {message.epoch}: {message.note}")
+
+    session.listen(listen)
     for number in range(NUM_FAULTS):
         session.apply(choose.choice(plans(shape)))
         if number == WARM_UP:
@@ -91,9 +100,11 @@ def test_fifty_random_faults(session: Session) -> None:
 
         def on_event(event: Event, device: str = device, fault: str = fault, at: int = at) -> None:
             nonlocal num_seen
+            listen(event.message)
             if not isinstance(event.message, api.TokensGenerated):
                 return
             if num_seen == at:
+                assert session.plan.devices.index(device) in session.plan.used_devices(), said[-6:]
                 runner = runner_of(session, device)
                 if fault == "kill the worker":
                     runner.parent().kill()

@@ -38,10 +38,12 @@ class WorkerLost(EngineError):  # noqa: N818
 
     Attributes:
         device: whose runner it was, where that is known.
+        public_key: of that runner.
         link: two devices that live and cannot reach each other, where that is what was lost.
     """
 
     device: str | None = None
+    public_key: bytes = b""
     link: tuple[str, str] | None = None
 
 

@@ -68,7 +68,8 @@ class _Link:
         is_lost = False
         while self.monitor.poll(0):
             event = zmq.utils.monitor.recv_monitor_message(self.monitor)
-            is_lost = event["event"] == zmq.EVENT_DISCONNECTED
+            # One that came back at once has lost what was on its way.
+            is_lost |= event["event"] == zmq.EVENT_DISCONNECTED
             self._connect_by = None
         return is_lost
 
@@ -199,9 +200,12 @@ class RunnerLinks:
 
     def lost(self, device: str, cause: str) -> WorkerLost:
         """The error that says a device is lost; its connection is closed."""
+        link = self._links.get(device)
         self._drop(device)
         error = WorkerLost(f"{device}, which computes {self._describe(device)}, was lost: {cause}")
         error.device = device
+        if link is not None:
+            error.public_key = link.address.public_key
         return error
 
     def close(self) -> None:

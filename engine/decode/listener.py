@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,11 +37,14 @@ class Listener(Protocol):
     def on_plan(self, request_id: int, load: LoadRequest, loaded: PlanLoaded) -> None:
         """A plan is in force."""
 
-    def on_plan_interrupted(self, error: WorkerLost) -> None:
-        """A device was lost, also one of a plan that was being loaded; requests wait for another.
+    def on_plan_interrupted(self, error: WorkerLost, epoch: int) -> None:
+        """A device of an epoch was lost, also of one that was being loaded; requests wait.
 
         `put_plan` or `drop_plan` must follow.
         """
+
+    def on_links(self, links: Mapping[tuple[str, str], m.LinkFigures]) -> None:
+        """What devices measured of their links in use; the first of each pair measured."""
 
     def on_plan_lost(self, error: EngineError) -> None:
         """The plan in force can no longer run."""

@@ -147,13 +147,14 @@ class Scheduler:
         self._started.set()
         try:
             while not self._should_end:
-                self._take_commands()
-                self._drop_cancelled()
                 try:
+                    self._take_commands()
+                    self._drop_cancelled()
                     self._work()
                 except WorkerLost as error:
+                    epoch = self._load.epoch if self._load is not None else 0
                     self._interrupt()
-                    self._listener.on_plan_interrupted(error)
+                    self._listener.on_plan_interrupted(error, epoch)
                 except EngineError as error:
                     self._coordinator.abort()
                     self._plan_lost(error)
@@ -196,6 +197,8 @@ class Scheduler:
         self._operations = []
         for sequence in self._waiting:
             sequence.leave_seat()
+        for sequence in [s for s in self._waiting if s.finish_reason is not None]:
+            self._finish(sequence)  # Its last token came with the step that was lost.
 
     def _put_plan(self, command: _PutPlan) -> None:
         listener = self._listener
@@ -205,17 +208,25 @@ class Scheduler:
             listener.on_load_progress(command.request_id, device, done, total)
 
         def should_stop() -> bool:
-            return self._should_end or command.request_id in self._cancelled
+            if self._should_end or command.request_id in self._cancelled:
+                return True
+            self._drop_cancelled(but=command.request_id)
+            return False
 
         try:
             loaded = self._coordinator.load(command.load, command.runners, on_progress, should_stop)
         except WorkerLost as error:
-            listener.on_plan_interrupted(error)
+            listener.on_plan_interrupted(error, command.load.epoch)
             return
-        except EngineError as error:
+        except Exception as error:
+            known = error if isinstance(error, EngineError) else None
+            if known is None:
+                logger.exception("while loading a plan")
+                self._coordinator.abort()
+                known = EngineError(f"loading failed: {type(error).__name__}: {error}")
             self._is_interrupted = False
-            listener.on_failed(command.request_id, error)
-            self._fail_all(error)
+            listener.on_failed(command.request_id, known)
+            self._fail_all(known)
             return
         self._load, self._plan = command.load, command.load.plan
         self._is_interrupted = False
@@ -229,10 +240,11 @@ class Scheduler:
         )
         listener.on_plan(command.request_id, command.load, loaded)
 
-    def _drop_cancelled(self) -> None:
-        if not self._cancelled:
+    def _drop_cancelled(self, but: int = 0) -> None:
+        """End what was cancelled. Args: but: a call that hears of it by itself."""
+        cancelled = set(self._cancelled) - {but}
+        if not cancelled:
             return
-        cancelled = set(self._cancelled)
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id in cancelled:
                 sequence.cancel()
@@ -354,6 +366,7 @@ class Scheduler:
             for sequence, _ in batch:
                 self._fail(sequence, failed.error)
             return
+        self._tell_links(load.plan, answers)
         for sequence, count in batch:
             sequence.advance(count)
         if is_full:
@@ -370,6 +383,17 @@ class Scheduler:
                 )
             if sequence.finish_reason is not None:
                 self._finish(sequence)
+
+    def _tell_links(self, plan: Plan, answers: list[DeviceAnswer]) -> None:
+        """Pass on what devices measured of their links in use."""
+        links = {
+            (plan.devices[index], plan.devices[figures.device_index]): figures
+            for index, answer, _tensors in answers
+            for figures in answer.figures
+            if 0 <= figures.device_index < len(plan.devices)
+        }
+        if links:
+            self._listener.on_links(links)
 
     def _send_logits(self, piece: tuple[Sequence, int], answers: list[DeviceAnswer]) -> None:
         sequence, count = piece
@@ -394,7 +418,11 @@ class Scheduler:
             token = sequence.choose(candidates[n], changes[n])
             if token is None:
                 if full is None:
-                    fetched = self._coordinator.fetch_logits(self._step_id)
+                    try:
+                        fetched = self._coordinator.fetch_logits(self._step_id)
+                    except StepFailed as failed:
+                        self._fail(sequence, failed.error)
+                        continue
                     full = join_full_logits(plan, fetched, len(wanted))
                 token = sequence.choose(all_candidates(full[n]), changes[n])
             if token is None:

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import zmq
 
 from engine.cluster.coordinator import Coordinator, LoadRequest, PlanLoaded
 from engine.cluster.identity import TrustedPeers, config_dir, load_identity
-from engine.cluster.messages import Array, Message
+from engine.cluster.messages import Array, LinkFigures, Message
 from engine.cluster.security import Gatekeeper
 from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.decode.listener import Measured
@@ -126,6 +126,7 @@ class EngineHost:
             if self._client.socket in ready:
                 self._hear_clients()
             changed = self._node_calls.hear()
+            self._application.tick()
             if self._nodes.hear() or changed or time.monotonic() - self._nodes_at > NODES_SECONDS:
                 self._send_nodes()
 
@@ -248,7 +249,8 @@ class EngineHost:
                     error=type(error).__name__,
                     message="the answer is too long for one message; its text came as it was made",
                 )
-                self._client.send(failed, [], route)
+                with contextlib.suppress(WorkerLost):  # It closed just now.
+                    self._client.send(failed, [], route)
 
     # ---- threads of text and images ----------------------------------------------------------
 
@@ -270,6 +272,8 @@ class EngineHost:
             call.path, on_progress, cancelled=lambda: request_id in self._calls.cancelled
         )
         model = OpenedModel(path, call.dtype, call.kv_window, call.kv_dtype)
+        # Nothing goes on with the old model from here.
+        self._call_soon(lambda: self._application.forget(PlanError("another model was opened")))
         # Nothing of the old model may be read by the scheduler when its files close.
         dropped = self.scheduler.drop_plan(PlanError("another model was opened"))
         while not dropped.wait(0.25):
@@ -408,7 +412,7 @@ class EngineHost:
         plan = load.plan
 
         def tell() -> None:
-            self._application.in_force()
+            self._application.in_force(load.epoch)
             self._plan = plan
             self._nodes.stop_runners_except({plan.devices[i] for i in plan.used_devices()})
             self._broadcast(
@@ -417,7 +421,7 @@ class EngineHost:
                     plan=plan,
                     memory=self._application.memory,
                     loaded=_sources(loaded),
-                    links=_links(loaded),
+                    links=_links(loaded.links),
                     note=self._application.note,
                 )
             )
@@ -426,16 +430,24 @@ class EngineHost:
 
         self._call_soon(tell)
 
-    def on_plan_interrupted(self, error: WorkerLost) -> None:
+    def on_plan_interrupted(self, error: WorkerLost, epoch: int) -> None:
         """A device was lost; requests wait for another plan."""
 
         def tell() -> None:
-            self._nodes.drop_runner(error)
-            self._broadcast(api.PlanInterrupted(message=str(error)))
+            if self._application.is_stale(epoch):
+                return
+            if not self._application.is_replacing(error):
+                self._nodes.drop_runner(error)
+                self._broadcast(api.PlanInterrupted(message=str(error)))
             self._application.recover(error)
             self._send_nodes()
 
         self._call_soon(tell)
+
+    def on_links(self, links: Mapping[tuple[str, str], LinkFigures]) -> None:
+        """Figures of links in use."""
+        event = api.LinksChanged(links=_links(links))
+        self._call_soon(lambda: self._broadcast(event))
 
     def on_plan_lost(self, error: EngineError) -> None:
         """The plan in force can no longer run."""
@@ -501,7 +513,7 @@ def _sources(loaded: PlanLoaded) -> tuple[api.LoadedBytes, ...]:
     )
 
 
-def _links(loaded: PlanLoaded) -> tuple[api.Link, ...]:
+def _links(links: Mapping[tuple[str, str], LinkFigures]) -> tuple[api.Link, ...]:
     """The links of a plan."""
     return tuple(
         api.Link(
@@ -510,7 +522,7 @@ def _links(loaded: PlanLoaded) -> tuple[api.Link, ...]:
             round_trip_seconds=figures.round_trip_seconds,
             bytes_per_second=figures.bytes_per_second,
         )
-        for (first, second), figures in loaded.links.items()
+        for (first, second), figures in links.items()
     )
 
 

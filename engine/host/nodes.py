@@ -304,7 +304,11 @@ class Nodes:
         if device is None:
             return
         node = self.node_of(device)
-        if node is not None and device in node.runners and node.description is not None:
+        runner = node.runners.get(device) if node is not None else None
+        if node is None or runner is None or node.description is None:
+            return
+        # A new one may have taken the place of the one that was lost.
+        if isinstance(error, WorkerLost) and error.public_key in (b"", runner.address.public_key):
             del node.runners[device]
             kind = device.rpartition("/")[2]
             self._tell(node, m.StopRunner(device=f"{node.description.name}/{kind}"))

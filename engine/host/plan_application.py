@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
@@ -32,6 +32,8 @@ from engine.weights.models import cache_folder
 
 # A device that was lost again so soon after its runner was restarted is not restarted once more.
 RESTART_SECONDS = 60.0
+# A worker gives its runner 60 s to start, and says so; this is for one that says nothing.
+START_SECONDS = 90.0
 
 
 @dataclass(slots=True)
@@ -41,6 +43,9 @@ class _Job:
     Attributes:
         request_id: of the call that asked for it; 0 for one that follows a loss.
         note: why it is another plan than was asked for.
+        epoch: once it is loading.
+        started_nodes: workers of this computer that were started for it, once each.
+        start_by: when its runners must listen.
     """
 
     request_id: int
@@ -48,7 +53,14 @@ class _Job:
     model: OpenedModel
     num_threads: int | None
     note: str = ""
-    is_loading: bool = False
+    epoch: int = 0
+    started_nodes: set[str] = field(default_factory=set[str])
+    start_by: float = field(default_factory=lambda: time.monotonic() + START_SECONDS)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the scheduler has it."""
+        return self.epoch > 0
 
     @property
     def devices(self) -> list[str]:
@@ -103,7 +115,7 @@ class PlanApplication:
 
         Raises: PlanError: another one is on its way, or this one does not fit model and nodes.
         """
-        if self._job is not None:
+        if self._job is not None and (self._job.request_id or self._job.is_loading):
             raise PlanError("another plan is being applied; wait for it, or cancel it")
         plan = call.plan.validate()
         if plan.shape != PlanShape.from_config(model.config):
@@ -111,10 +123,11 @@ class PlanApplication:
                 f"the plan is for another model ({_sizes(plan.shape)}), the open one has "
                 f"{_sizes(PlanShape.from_config(model.config))}. Make a plan for it"
             )
-        for index in plan.used_devices():
-            self._require_node(plan.devices[index])
+        job = _Job(call.request_id, plan, model, num_threads)
+        for device in job.devices:
+            self._require_node(device, job)
         self._restarted_at.clear()
-        self._job = _Job(call.request_id, plan, model, num_threads)
+        self._job = job
         self.advance()
 
     def advance(self) -> None:
@@ -125,13 +138,13 @@ class PlanApplication:
         used = job.devices
         try:
             for device in used:
-                self._require_node(device)
+                self._require_node(device, job)
             runners = self._runners_for(used, job.plan.transport)
         except EngineError as error:
             gone = {d for d in used if self._is_lost(d)}
             has_none = self._in_force is None or self._interruption is not None
             if has_none and gone:  # There is no plan to stay with.
-                self.recover(WorkerLost(str(error)))
+                self._go_on_without(WorkerLost(str(error)))
             else:
                 self._end_job(error)
             return
@@ -157,7 +170,7 @@ class PlanApplication:
             return False
         self._job = None
         if self._interruption is not None:
-            self.recover(self._interruption)  # The plan before it is what goes on.
+            self._go_on_without(self._interruption)  # The plan before it is what goes on.
         return True
 
     def forget(self, error: EngineError) -> None:
@@ -178,16 +191,68 @@ class PlanApplication:
             return  # `advance` starts it again.
         lost = WorkerLost(f"{device} could not be started: {cause}")
         lost.device = device
-        if self._in_force is not None and self._interruption is None:
-            self._end_job(PlanError(f"{lost}. Try again"))
-        else:
-            self.recover(lost)
+        self._lost_at_start(lost)
+
+    def tick(self) -> None:
+        """Now and then: give up waiting for a runner that does not come."""
+        job = self._job
+        if job is None or job.is_loading or time.monotonic() < job.start_by:
+            return
+        device = next((d for d in job.devices if self._nodes.runner(d) is None), job.devices[0])
+        lost = WorkerLost(f"{device} said nothing of its runner for {START_SECONDS:.0f} s")
+        lost.device = device
+        self._lost_at_start(lost)
+
+    def is_stale(self, epoch: int) -> bool:
+        """Whether a word of the scheduler is about a plan that another one has followed."""
+        job = self._job if self._job is not None and self._job.is_loading else self._in_force
+        return job is None or job.epoch != epoch
+
+    def is_replacing(self, error: WorkerLost) -> bool:
+        """Whether a lost runner had to go: the plan on its way starts it anew, for other peers."""
+        job = self._job
+        if job is None or job.is_loading or error.device not in job.devices:
+            return False
+        node = self._nodes.node_of(error.device)
+        runner = self._nodes.runner(error.device)
+        if runner is not None:
+            return runner.public_key != error.public_key
+        return node is not None and error.device in node.starting
 
     def recover(self, error: WorkerLost) -> None:
         """A device of the plan in force, or of the one being loaded, was lost: put another in force.
 
         Ends in a plan for the scheduler, or in an error for everyone who waits for one.
         """
+        if self.is_replacing(error):
+            self._interruption = error
+        else:
+            self._go_on_without(error)
+
+    def in_force(self, epoch: int) -> None:
+        """The scheduler has put a plan in force."""
+        if self._job is not None and self._job.epoch == epoch:
+            self._in_force, self._job = self._job, None
+            self.note = self._in_force.note
+            self._interruption = None
+
+    def failed(self, request_id: int) -> bool:
+        """The scheduler could not load a plan; True if it was ours."""
+        if self._job is None or self._job.request_id != request_id:
+            return False
+        self._job = self._in_force = self._interruption = None
+        return True
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _lost_at_start(self, lost: WorkerLost) -> None:
+        """A device of the plan on its way has no runner and gets none."""
+        if self._in_force is not None and self._interruption is None:
+            self._end_job(PlanError(f"{lost}. Try again"))
+        else:
+            self._go_on_without(lost)
+
+    def _go_on_without(self, error: WorkerLost) -> None:
         job = self._job or self._in_force
         self._interruption = error
         if job is None:
@@ -205,22 +270,6 @@ class PlanApplication:
             return
         self._job = _Job(request_id, plan, job.model, job.num_threads, note)
         self.advance()
-
-    def in_force(self) -> None:
-        """The scheduler has put the plan on its way in force."""
-        if self._job is not None:
-            self._in_force, self._job = self._job, None
-            self.note = self._in_force.note
-        self._interruption = None
-
-    def failed(self, request_id: int) -> bool:
-        """The scheduler could not load a plan; True if it was ours."""
-        if self._job is None or self._job.request_id != request_id:
-            return False
-        self._job = self._in_force = self._interruption = None
-        return True
-
-    # ---- inside ------------------------------------------------------------------------------
 
     def _end_job(self, error: EngineError) -> None:
         """The plan on its way cannot be had; whoever waits for it hears why."""
@@ -262,6 +311,10 @@ class PlanApplication:
         """
         plan = job.plan
         if not lost.intersection(job.devices):
+            if error.link is None:
+                if not self._may_restart(""):
+                    raise PlanError("it was lost again after all devices had connected anew")
+                self._restarted_at[""] = time.monotonic()
             return plan, f"{error}. Connected again"
         there = [d for d in plan.devices if d not in lost and self._is_there(d)]
         try:
@@ -290,7 +343,7 @@ class PlanApplication:
             return False
         return node.state != "lost" or node.kind != "remote"
 
-    def _require_node(self, device: str) -> None:
+    def _require_node(self, device: str, job: _Job) -> None:
         """Make sure that a device's node is there or on its way."""
         name = device.rpartition("/")[0]
         node = self._nodes.get(name)
@@ -305,6 +358,10 @@ class PlanApplication:
                 f"the plan uses {device}, but there is no node {name!r}; known are {known}. Add "
                 "the node, or change the plan"
             )
+        if name in job.started_nodes:
+            assert node is not None
+            raise PlanError(f"{device} cannot take part: {node.reason}")
+        job.started_nodes.add(name)
         self._nodes.start_local(name)
 
     def _runners_for(self, used: list[str], transport: Transport) -> list[RunnerAddress]:
@@ -366,8 +423,8 @@ class PlanApplication:
         except EngineError as error:
             self._end_job(error)
             return
-        job.is_loading = True
         self._epoch += 1
+        job.epoch = self._epoch
         load = LoadRequest(
             epoch=self._epoch,
             config=model.config,

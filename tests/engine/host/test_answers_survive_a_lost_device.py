@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -227,3 +228,26 @@ def test_a_device_can_join_while_an_answer_runs(opened: Session) -> None:
     assert not watch.interruptions
     whole = opened.generate(SHAPES, raw=True, max_tokens=len(watch.ids), ignore_eos=True)
     assert whole.token_ids == finished.token_ids
+
+
+def test_a_runner_that_is_started_anew_for_another_plan_is_not_a_lost_one(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a plan with another transport restarts the runners; the plan before saw its devices
+    lost, and the new plan came into force without them."""
+    monkeypatch.setenv("SHARDMIX_TRUSTED_NETWORK", "1")
+    watched: list[str] = []
+
+    def listen(message: object) -> None:
+        if isinstance(message, api.PlanInterrupted | api.PlanLost):
+            watched.append(message.message)
+
+    options = SessionOptions(model=str(tiny_folder), dtype="float32", num_workers=2)
+    with Session(options, listen) as session:
+        expected = session.generate(SHAPES, raw=True, max_tokens=20, ignore_eos=True)
+        plan = msgspec.structs.replace(session.plan, transport="torch")
+        session.apply(plan)
+        assert session.plan == plan
+        again = session.generate(SHAPES, raw=True, max_tokens=20, ignore_eos=True)
+        assert again.token_ids == expected.token_ids
+        assert not watched

@@ -26,8 +26,9 @@ from engine.cluster.security import Gatekeeper
 from engine.cluster.transport import Channel, listen, new_local_endpoint
 from engine.decode.listener import Measured
 from engine.decode.scheduler import Scheduler
-from engine.decode.sequence import DeviceTotals, Sequence
+from engine.decode.sequence import Sequence
 from engine.errors import Cancelled, EngineError, PlanError, PromptError, WorkerLost
+from engine.host import figures
 from engine.host import messages as api
 from engine.host.node_calls import NodeCalls
 from engine.host.nodes import THIS_NODE, Nodes
@@ -384,7 +385,7 @@ class EngineHost:
             ttft_s=max(0.0, sequence.first_token_at - sequence.arrived),
             prefill_tps=sequence.prefill_tps(),
             decode_tps=sequence.decode_tps(),
-            devices=_usage(sequence.totals),
+            devices=figures.device_usage(sequence.totals),
             plan=plan,
             reused_tokens=sequence.num_reused,
             logprobs=None if sequence.num_logprobs is None else tuple(sequence.logprobs),
@@ -420,8 +421,8 @@ class EngineHost:
                     epoch=load.epoch,
                     plan=plan,
                     memory=self._application.memory,
-                    loaded=_sources(loaded),
-                    links=_links(loaded.links),
+                    loaded=figures.loaded_bytes(loaded),
+                    links=figures.links(loaded.links),
                     note=self._application.note,
                 )
             )
@@ -446,7 +447,7 @@ class EngineHost:
 
     def on_links(self, links: Mapping[tuple[str, str], LinkFigures]) -> None:
         """Figures of links in use."""
-        event = api.LinksChanged(links=_links(links))
+        event = api.LinksChanged(links=figures.links(links))
         self._call_soon(lambda: self._broadcast(event))
 
     def on_plan_lost(self, error: EngineError) -> None:
@@ -486,7 +487,7 @@ class EngineHost:
             seconds=measured.seconds,
             prompt_tokens=measured.prompt_tokens,
             generated_tokens=measured.generated_tokens,
-            devices=_usage(measured.devices),
+            devices=figures.device_usage(measured.devices),
         )
 
         def tell() -> None:
@@ -498,44 +499,3 @@ class EngineHost:
 
 def _cancelled_early() -> Cancelled:
     return Cancelled("the request was cancelled before it began")
-
-
-def _sources(loaded: PlanLoaded) -> tuple[api.LoadedBytes, ...]:
-    """Where each device's weights came from."""
-    return tuple(
-        api.LoadedBytes(
-            device=device,
-            received=message.received_bytes,
-            cached=message.cached_bytes,
-            local=message.local_bytes,
-        )
-        for device, message in loaded.devices.items()
-    )
-
-
-def _links(links: Mapping[tuple[str, str], LinkFigures]) -> tuple[api.Link, ...]:
-    """The links of a plan."""
-    return tuple(
-        api.Link(
-            from_device=first,
-            to_device=second,
-            round_trip_seconds=figures.round_trip_seconds,
-            bytes_per_second=figures.bytes_per_second,
-        )
-        for (first, second), figures in links.items()
-    )
-
-
-def _usage(totals: dict[str, DeviceTotals]) -> tuple[api.DeviceUsage, ...]:
-    """Counters as the window shows them."""
-    return tuple(
-        api.DeviceUsage(
-            device=device,
-            compute_s=t.compute_ns / 1e9,
-            wait_s=t.wait_ns / 1e9,
-            network_s=t.serialise_ns / 1e9,
-            network_bytes=t.sent_bytes + t.received_bytes,
-            cache_bytes=t.cache_bytes,
-        )
-        for device, t in totals.items()
-    )

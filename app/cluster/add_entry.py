@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-TOKEN = re.compile(r"shardmix1-[A-Za-z0-9_-]+")
+TOKEN = re.compile(r"shardmix[0-9]-[A-Za-z0-9_-]+")
 # A name, an IPv4 address, or an IPv6 address in brackets; then a port.
 ADDRESS = re.compile(r"(?:tcp://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):(\d{1,5})/?")
 MAX_PORT = 65535

@@ -159,7 +159,7 @@ def test_a_refusal_is_told_on_the_page(
 def test_a_token_joins_and_an_address_is_listed(
     recorder: Recorder, cluster: ClusterPresenter
 ) -> None:
-    assert cluster.add("shardmix1-abc").kind == "token"
+    assert cluster.add("shardmix2-abc").kind == "token"
     assert isinstance(recorder.calls[-1], api.AddNode)
     assert cluster.add("attic.local:47500").kind == "address"
     call = recorder.calls[-1]

@@ -41,6 +41,8 @@ from engine.weights.models import resolve_model
 logger = logging.getLogger(__name__)
 
 NODES_SECONDS = 1.0
+# Telemetry of many nodes goes to the clients together.
+NODES_TOGETHER_SECONDS = 0.1
 BUSY_SECONDS = 0.5
 TRUSTED_NODES_FILE = "nodes.json"
 
@@ -85,6 +87,7 @@ class EngineHost:
         self._plan: Plan | None = None
         self._busy_until = 0.0
         self._nodes_at = 0.0
+        self._have_nodes_changed = False
         self._preparation = Preparation(
             lambda request_id, error: self._call_soon(lambda: self._fail(request_id, error))
         )
@@ -118,7 +121,7 @@ class EngineHost:
             own = (self._client.socket, self._wake_receiver)
             for socket in (*own, *self._nodes.sockets(), *self._node_calls.sockets()):
                 poller.register(socket, zmq.POLLIN)
-            ready = dict(poller.poll(250))
+            ready = dict(poller.poll(50 if self._have_nodes_changed else 250))
             if self._wake_receiver in ready:
                 while self._wake_receiver.poll(0):
                     self._wake_receiver.recv()
@@ -126,9 +129,12 @@ class EngineHost:
                 self._soon.get()()
             if self._client.socket in ready:
                 self._hear_clients()
-            changed = self._node_calls.hear()
+            self._have_nodes_changed |= self._node_calls.hear()
             self._application.tick()
-            if self._nodes.hear() or changed or time.monotonic() - self._nodes_at > NODES_SECONDS:
+            self._have_nodes_changed |= self._nodes.hear()
+            since = time.monotonic() - self._nodes_at
+            limit = NODES_TOGETHER_SECONDS if self._have_nodes_changed else NODES_SECONDS
+            if since > limit:
                 self._send_nodes()
 
     def close(self) -> None:
@@ -361,6 +367,7 @@ class EngineHost:
 
     def _send_nodes(self) -> None:
         self._nodes_at = time.monotonic()
+        self._have_nodes_changed = False
         in_use = self._devices_in_use()
         loading = self._application.loading_devices
         busy = in_use if time.monotonic() < self._busy_until else set[str]()

@@ -22,7 +22,7 @@ from engine.cluster.identity import TrustedPeer, TrustedPeers
 from engine.cluster.join_token import NODE_NAME, JoinToken
 from engine.cluster.messages import PROTOCOL_VERSION
 from engine.cluster.security import KeyPair
-from engine.errors import EngineError, PeerRefused, WorkerLost, one_line
+from engine.errors import ConfigError, EngineError, PeerRefused, WorkerLost, one_line
 from engine.host.node import Node
 from engine.host.node_words import numbered, parse_address, shown_address, why_no_line
 
@@ -233,7 +233,7 @@ class Neighbours:
             node.attempt_until = None
             if node.endpoint != node.dialled:
                 node.endpoint = node.dialled
-                self._remember(node)
+                self._remember_or_log(node)
             node.token = None
             node.state, node.reason = "ready", ""
             self._settle(node, None)
@@ -241,7 +241,7 @@ class Neighbours:
         if isinstance(message, m.Enrolled) and node.is_enrolling:
             node.is_enrolling = False
             node.token = None
-            self._remember(node)
+            self._remember_or_log(node)
             self._expect(node)
         elif isinstance(message, m.Busy):
             self._settle(node, None)
@@ -384,8 +384,20 @@ class Neighbours:
     def _is_nameless_at(node: Node, endpoint: str) -> bool:
         return not node.public_key and node.state == "discovered" and node.endpoint == endpoint
 
+    def _remember_or_log(self, node: Node) -> None:
+        """What a worker says ends no host: a node that cannot be written down is ours until then."""
+        try:
+            self._remember(node)
+        except ConfigError as error:
+            logger.warning("%s is known only as long as this program runs: %s", node.name, error)
+            node.is_trusted = True
+            node.is_unlisted = self._trusted.get(node.public_key) is None
+
     def _remember(self, node: Node) -> None:
-        """Write a trusted node down."""
+        """Write a trusted node down.
+
+        Raises: ConfigError: the list on disk cannot be changed.
+        """
         known = self._trusted.get(node.public_key)
         self._trusted.add(
             TrustedPeer(
@@ -395,7 +407,7 @@ class Neighbours:
                 endpoint=node.endpoint,
             )
         )
-        node.is_trusted = True
+        node.is_trusted, node.is_unlisted = True, False
 
     def _remember_node(self, peer: TrustedPeer) -> Node:
         is_usable = NODE_NAME.fullmatch(peer.name) and peer.name not in self._nodes
@@ -419,7 +431,7 @@ class Neighbours:
             self._expect(self._remember_node(peer))
         trusted = self._trusted.keys()
         for node in self._remote():
-            if node.is_trusted and node.public_key not in trusted:
+            if node.is_trusted and not node.is_unlisted and node.public_key not in trusted:
                 self._drop(node)
 
     def _drop(self, node: Node) -> None:

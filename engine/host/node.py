@@ -51,6 +51,7 @@ class Node:
         endpoint: where a worker elsewhere listens, or listened last.
         announced: where discovery says that it listens; "" where it says nothing.
         is_trusted: it is ours, paired with, or let in by its token.
+        is_unlisted: it is ours, and the list on disk could not be changed to say so.
         is_named_here: its name was made up here, because it has not said its own yet.
         starting: devices whose runner is on its way, with what it was asked for.
         dialled: where the line goes, or went last.
@@ -72,6 +73,7 @@ class Node:
         self.endpoint = ""
         self.announced = ""
         self.is_trusted = kind != "remote"
+        self.is_unlisted = False
         self.is_named_here = False
         self.state: NodeStateName = "starting"
         self.reason = ""

@@ -22,9 +22,17 @@ from engine.cluster.identity import TrustedPeer, TrustedPeers
 from engine.cluster.join_token import NODE_NAME, JoinToken
 from engine.cluster.messages import PROTOCOL_VERSION
 from engine.cluster.security import KeyPair
-from engine.errors import ConfigError, EngineError, PeerRefused, WorkerLost, one_line
+from engine.errors import (
+    ConfigError,
+    EngineError,
+    PeerRefused,
+    ProtocolError,
+    WorkerLost,
+    one_line,
+)
 from engine.host.node import Node
 from engine.host.node_words import numbered, parse_address, shown_address, why_no_line
+from engine.host.worker_words import MAX_CAUSE
 
 logger = logging.getLogger(__name__)
 
@@ -225,11 +233,16 @@ class Neighbours:
                     self._attempt(node, now)
             elif is_time_for_hello and node.attempt_until is None:
                 self._tell(node, self._hello)
-                self._tell(node, node.next_ping(time.monotonic()))
+                self._tell(node, node.next_probe(time.monotonic()))
 
     def take(self, node: Node, message: m.Message) -> bool:
-        """Hear what a worker says of its trust; True if that is what the message was about."""
+        """Hear what a worker says of its trust; True if that is what the message was about.
+
+        Raises: ProtocolError: it is not its turn to say so.
+        """
         if isinstance(message, m.NodeDescription):
+            if node.is_enrolling:
+                raise ProtocolError("it introduces itself before it has let this computer in")
             node.attempt_until = None
             if node.endpoint != node.dialled:
                 node.endpoint = node.dialled
@@ -245,18 +258,18 @@ class Neighbours:
             self._expect(node)
         elif isinstance(message, m.Busy):
             self._settle(node, None)
-            self._lose(node, f"busy with {one_line(message.holder, 100)}")
+            self._lose(node, f"busy with {message.holder}")
         elif isinstance(message, m.Failed):
-            self.failed(node, one_line(message.message))
+            self.failed(node, message.message)
         elif isinstance(message, m.ProbeAnswer):
-            node.take_pong(message, time.monotonic())
+            node.take_probe_answer(message, time.monotonic())
         else:
             return False
         return True
 
     def failed(self, node: Node, reason: str) -> None:
         """A worker broke the rules, or said that it does not serve us."""
-        self._failed(node, reason, time.monotonic(), is_final=True)
+        self._failed(node, one_line(reason, MAX_CAUSE), time.monotonic(), is_final=True)
 
     # ---- inside: lines -----------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from engine.cluster.join_token import JoinToken
 from engine.cluster.processes import Child
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, connect, connect_once
+from engine.cluster.transport import Channel, Frames, connect, connect_once
 from engine.host.messages import NodeDevice, NodeState, NodeStateName
+from engine.host.worker_words import checked, host_of
 from engine.plan.plan import Transport
 
 # How many measurements of the round trip the smallest is taken of: the others waited for something.
@@ -94,8 +95,8 @@ class Node:
         self.is_enrolling = False
         self.dialled = ""
         self._watch: ConnectionWatch | None = None
-        self._pings: dict[int, float] = {}
-        self._num_pings = 0
+        self._probes: dict[int, float] = {}
+        self._num_probes = 0
         self._round_trips: list[float] = []
         self._shown: tuple[str, str] = ("", "")
         self._since_s = time.time()
@@ -112,7 +113,9 @@ class Node:
         Raises: ProtocolError: the endpoint is not one.
         """
         self.disconnect()
-        socket, watch = connect_once(context, keys, self.public_key, endpoint)
+        socket, watch = connect_once(
+            context, keys, self.public_key, endpoint, max_message_bytes=m.MAX_HEADER_BYTES
+        )
         self._open(socket)
         self._watch = watch
         self.dialled = endpoint
@@ -120,8 +123,32 @@ class Node:
     def _open(self, socket: zmq.Socket[Any]) -> None:
         self.channel = Channel(socket, m.WORKER_SENDS)
         self.heard_at = time.monotonic()
-        self._pings.clear()
+        self._probes.clear()
         self._round_trips.clear()
+
+    def receive(self) -> m.Message | None:
+        """What its worker said next, checked; None where it has said nothing (more).
+
+        Raises:
+            ProtocolError: the worker breaks the rules.
+            PeerRefused: it speaks another protocol version.
+        """
+        assert self.channel is not None
+        socket = self.channel.socket
+        try:
+            # Only a frame that is not copied knows where it came from.
+            first = socket.recv(zmq.DONTWAIT, copy=False)
+            parts = [bytes(first.buffer), *(socket.recv_multipart() if first.more else ())]
+        except zmq.Again:
+            return None
+        own_addresses = None
+        if self.kind == "remote":
+            came_from = first.get("Peer-Address")
+            own_addresses = [host_of(self.dialled)]
+            if isinstance(came_from, str) and came_from:
+                own_addresses.append(came_from)
+        received = self.channel.decode(Frames(parts, b"", b"", ""))
+        return checked(received.message, own_addresses)
 
     def disconnect(self, linger_ms: int = 0) -> None:
         """Close the line.
@@ -148,17 +175,17 @@ class Node:
 
     # ---- the round trip ----------------------------------------------------------------------
 
-    def next_ping(self, now: float) -> m.Probe:
+    def next_probe(self, now: float) -> m.Probe:
         """A message that times the way there and back."""
-        self._num_pings += 1
-        self._pings[self._num_pings] = now
-        if len(self._pings) > MAX_UNANSWERED:
-            del self._pings[min(self._pings)]
-        return m.Probe(number=self._num_pings)
+        self._num_probes += 1
+        self._probes[self._num_probes] = now
+        if len(self._probes) > MAX_UNANSWERED:
+            del self._probes[min(self._probes)]
+        return m.Probe(number=self._num_probes)
 
-    def take_pong(self, message: m.ProbeAnswer, now: float) -> None:
+    def take_probe_answer(self, message: m.ProbeAnswer, now: float) -> None:
         """Its answer; one that was not asked for changes nothing."""
-        sent_at = self._pings.pop(message.number, None)
+        sent_at = self._probes.pop(message.number, None)
         if sent_at is not None:
             self._round_trips = [*self._round_trips[1 - ROUND_TRIPS :], now - sent_at]
 

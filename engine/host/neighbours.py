@@ -164,8 +164,13 @@ class Neighbours:
 
         Args:
             done: hears None once the worker has let this computer in, or the reason why not.
+        Raises: PeerRefused: it is being paired with.
         """
         node = self._by_key(token.public_key)
+        if node is not None and node.state == "pairing":
+            raise PeerRefused(
+                f"{node.name} is being paired with already; finish or cancel that, then try again"
+            )
         if node is not None and node.is_trusted and node.state in ("ready", "stale"):
             done(None)
             return node
@@ -229,7 +234,9 @@ class Neighbours:
             if node.channel is not None:
                 self._look_at_line(node, now)
             if node.channel is None:
-                if now >= node.next_attempt_at and (node.is_trusted or node.is_enrolling):
+                # What a pairing comes to, its own line tells.
+                is_wanted = (node.is_trusted or node.is_enrolling) and node.state != "pairing"
+                if is_wanted and now >= node.next_attempt_at:
                     self._attempt(node, now)
             elif is_time_for_hello and node.attempt_until is None:
                 self._tell(node, self._hello)
@@ -438,6 +445,7 @@ class Neighbours:
                     node.endpoint = peer.endpoint
                 continue
             if node is not None:
+                node.disconnect()
                 del self._nodes[node.name]
             if peer.name in self._nodes:  # Only seen so far; it gives the name way.
                 self._drop(self._nodes[peer.name])
@@ -448,6 +456,7 @@ class Neighbours:
                 self._drop(node)
 
     def _drop(self, node: Node) -> None:
+        waiting = self._joining.pop(node.public_key, [])
         self._let_go(node)
         if node.state not in ("discovered", "pairing"):
             self._lose(node, "it was forgotten")
@@ -456,4 +465,6 @@ class Neighbours:
         found = self._found.get(node.public_key)
         if found is not None:
             self._propose(found)
+        for done in waiting:
+            done(PeerRefused(f"{node.name} was forgotten before it had let this computer in"))
         self._on_change()

@@ -83,6 +83,7 @@ class Node:
         self.description: m.NodeDescription | None = None
         self.telemetry: m.Telemetry | None = None
         self.speeds: tuple[m.DeviceSpeed, ...] = ()
+        self.disk_bytes_per_second: float | None = None
         self.heard_at = time.monotonic()
         self.runners: dict[str, Runner] = {}
         self.starting: dict[str, Wanted] = {}
@@ -100,6 +101,11 @@ class Node:
         self._round_trips: list[float] = []
         self._shown: tuple[str, str] = ("", "")
         self._since_s = time.time()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its devices can take a share now, or as soon as it has started again."""
+        return self.description is not None and self.state in ("ready", "starting")
 
     # ---- the line ----------------------------------------------------------------------------
 
@@ -247,4 +253,6 @@ class Node:
             cpu_power_w=usage.cpu_power_w if usage else None,
             gpus=tuple(replace(g, device=self.own_name(g.device)) for g in gpus),
             speeds=tuple(replace(s, device=self.own_name(s.device)) for s in self.speeds),
+            system=self.description.system if self.description else "",
+            disk_bytes_per_second=self.disk_bytes_per_second,
         )

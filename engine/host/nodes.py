@@ -196,6 +196,7 @@ class Nodes:
             node.telemetry = message
         elif isinstance(message, m.SpeedReport):
             node.speeds = message.devices
+            node.disk_bytes_per_second = message.disk_bytes_per_second
         elif isinstance(message, m.RunnerStarted):
             self._take_runner(node, message)
         elif isinstance(message, m.RunnerExited):
@@ -359,6 +360,22 @@ class Nodes:
                 "or add the node by its address"
             )
         return self._nodes[name]
+
+    def why_not(self, name: str) -> str:
+        """Why a node can take no part in a plan, and what to do; "" where nothing is in its way."""
+        node = self._nodes.get(name)
+        if node is None:
+            known = ", ".join(self.names())
+            return f"there is no node {name!r}; known are {known}. Add the node, or choose another"
+        if node.state == "discovered":
+            return f"{name} is discovered, but not paired: `shardmix nodes pair {name}`"
+        if node.state == "pairing":
+            return f"{name} is being paired with: compare the six digits on both computers"
+        if not node.is_trusted:
+            return f"{name} has not let this computer in yet; wait until it is ready"
+        if node.state == "lost":
+            return f"{name} is lost: {node.reason}"
+        return ""
 
     def states(self, busy: set[str], loading: set[str], in_use: set[str]) -> tuple[NodeState, ...]:
         """All nodes as the window lists them.

@@ -170,8 +170,9 @@ def test_what_a_person_sees_cannot_steer_the_terminal(stage: Stage) -> None:
     stage.say(m.Failed(epoch=0, error="EngineError", message=evil))
     stage.until(lambda: stage.state == "lost", "lost")
     assert stage.reason == "[2Jall is well"
+    assert stage.nodes.why_not("attic") == "attic is lost: [2Jall is well"
     (state,) = stage.nodes.states(set(), set(), set())
-    assert state.devices[0].label == "[2Jall is well"
+    assert (state.devices[0].label, state.system) == ("[2Jall is well", "[2Jall is well")
     exited = m.RunnerExited(device="attic/cpu", pid=1, cause=evil)
     assert checked(exited, OWN) == replace(exited, cause="[2Jall is well")
     assert checked(m.Busy(holder=evil), OWN) == m.Busy(holder="[2Jall is well")

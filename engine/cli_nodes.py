@@ -275,6 +275,7 @@ def _as_dict(node: api.NodeState) -> dict[str, Any]:
         "address": shown_address(node.endpoint) or None,
         "host_name": node.host_name,
         "version": node.version,
+        "system": node.system,
         "devices": [device.device for device in node.devices],
         "round_trip_seconds": node.round_trip_seconds,
     }

@@ -88,6 +88,8 @@ class Session:
             raise ConfigError(f"--threads {options.num_threads} is not between 1 and 1024")
         self._listener = on_event or _ignore
         self.memory: dict[str, api.DeviceMemory] = {}
+        # Of other computers, by key: a node whose own name is taken gets another one here.
+        self._names: dict[str, str] = {}
         self.client = EngineClient()
         try:
             self.model = self._open(options)
@@ -100,7 +102,8 @@ class Session:
                 self._run(api.AddNode(request_id=self._id(), token=token))
             self.plan = _choose_plan(options, shape)
             used = {self.plan.devices[i].rpartition("/")[0] for i in self.plan.used_devices()}
-            joined = [decode_token(token).name for token in options.nodes]
+            keys = [decode_token(token).public_key.decode("ascii") for token in options.nodes]
+            joined = [self._names[key] for key in keys if key in self._names]
             # For a person to be told: nodes that joined in vain.
             self.unused_nodes = [name for name in joined if name not in used]
             self.apply(self.plan)
@@ -238,6 +241,8 @@ class Session:
         if isinstance(message, api.PlanApplied):
             self.plan = message.plan
             self.memory = {need.device: need for need in message.memory}
+        elif isinstance(message, api.NodesChanged):
+            self._names = {node.key: node.name for node in message.nodes if node.key}
         self._listener(message)
 
     def _id(self) -> int:

@@ -422,6 +422,8 @@ class NodeState(Message, frozen=True):
         key: its permanent public key, which is its identity; "" for workers of this computer.
         code: the six digits to compare, while pairing.
         round_trip_seconds, bytes_per_second: of the link between this host and its worker.
+        system: its operating system, and the versions that decide how it computes.
+        disk_bytes_per_second: of the folder where it keeps weights.
     """
 
     name: str
@@ -447,6 +449,8 @@ class NodeState(Message, frozen=True):
     cpu_power_w: float | None = None
     gpus: tuple[GpuUsage, ...] = ()
     speeds: tuple[DeviceSpeed, ...] = ()
+    system: str = ""
+    disk_bytes_per_second: float | None = None
 
 
 class NodesChanged(Message, frozen=True):

@@ -22,9 +22,17 @@ from engine.cluster.identity import TrustedPeer, TrustedPeers
 from engine.cluster.join_token import NODE_NAME, JoinToken
 from engine.cluster.messages import PROTOCOL_VERSION
 from engine.cluster.security import KeyPair
-from engine.errors import EngineError, PeerRefused, WorkerLost, one_line
+from engine.errors import (
+    ConfigError,
+    EngineError,
+    PeerRefused,
+    ProtocolError,
+    WorkerLost,
+    one_line,
+)
 from engine.host.node import Node
 from engine.host.node_words import numbered, parse_address, shown_address, why_no_line
+from engine.host.worker_words import MAX_CAUSE
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +164,13 @@ class Neighbours:
 
         Args:
             done: hears None once the worker has let this computer in, or the reason why not.
+        Raises: PeerRefused: it is being paired with.
         """
         node = self._by_key(token.public_key)
+        if node is not None and node.state == "pairing":
+            raise PeerRefused(
+                f"{node.name} is being paired with already; finish or cancel that, then try again"
+            )
         if node is not None and node.is_trusted and node.state in ("ready", "stale"):
             done(None)
             return node
@@ -221,19 +234,26 @@ class Neighbours:
             if node.channel is not None:
                 self._look_at_line(node, now)
             if node.channel is None:
-                if now >= node.next_attempt_at and (node.is_trusted or node.is_enrolling):
+                # What a pairing comes to, its own line tells.
+                is_wanted = (node.is_trusted or node.is_enrolling) and node.state != "pairing"
+                if is_wanted and now >= node.next_attempt_at:
                     self._attempt(node, now)
             elif is_time_for_hello and node.attempt_until is None:
                 self._tell(node, self._hello)
-                self._tell(node, node.next_ping(time.monotonic()))
+                self._tell(node, node.next_probe(time.monotonic()))
 
     def take(self, node: Node, message: m.Message) -> bool:
-        """Hear what a worker says of its trust; True if that is what the message was about."""
+        """Hear what a worker says of its trust; True if that is what the message was about.
+
+        Raises: ProtocolError: it is not its turn to say so.
+        """
         if isinstance(message, m.NodeDescription):
+            if node.is_enrolling:
+                raise ProtocolError("it introduces itself before it has let this computer in")
             node.attempt_until = None
             if node.endpoint != node.dialled:
                 node.endpoint = node.dialled
-                self._remember(node)
+                self._remember_or_log(node)
             node.token = None
             node.state, node.reason = "ready", ""
             self._settle(node, None)
@@ -241,22 +261,22 @@ class Neighbours:
         if isinstance(message, m.Enrolled) and node.is_enrolling:
             node.is_enrolling = False
             node.token = None
-            self._remember(node)
+            self._remember_or_log(node)
             self._expect(node)
         elif isinstance(message, m.Busy):
             self._settle(node, None)
-            self._lose(node, f"busy with {one_line(message.holder, 100)}")
+            self._lose(node, f"busy with {message.holder}")
         elif isinstance(message, m.Failed):
-            self.failed(node, one_line(message.message))
+            self.failed(node, message.message)
         elif isinstance(message, m.ProbeAnswer):
-            node.take_pong(message, time.monotonic())
+            node.take_probe_answer(message, time.monotonic())
         else:
             return False
         return True
 
     def failed(self, node: Node, reason: str) -> None:
         """A worker broke the rules, or said that it does not serve us."""
-        self._failed(node, reason, time.monotonic(), is_final=True)
+        self._failed(node, one_line(reason, MAX_CAUSE), time.monotonic(), is_final=True)
 
     # ---- inside: lines -----------------------------------------------------------------------
 
@@ -384,8 +404,20 @@ class Neighbours:
     def _is_nameless_at(node: Node, endpoint: str) -> bool:
         return not node.public_key and node.state == "discovered" and node.endpoint == endpoint
 
+    def _remember_or_log(self, node: Node) -> None:
+        """What a worker says ends no host: a node that cannot be written down is ours until then."""
+        try:
+            self._remember(node)
+        except ConfigError as error:
+            logger.warning("%s is known only as long as this program runs: %s", node.name, error)
+            node.is_trusted = True
+            node.is_unlisted = self._trusted.get(node.public_key) is None
+
     def _remember(self, node: Node) -> None:
-        """Write a trusted node down."""
+        """Write a trusted node down.
+
+        Raises: ConfigError: the list on disk cannot be changed.
+        """
         known = self._trusted.get(node.public_key)
         self._trusted.add(
             TrustedPeer(
@@ -395,7 +427,7 @@ class Neighbours:
                 endpoint=node.endpoint,
             )
         )
-        node.is_trusted = True
+        node.is_trusted, node.is_unlisted = True, False
 
     def _remember_node(self, peer: TrustedPeer) -> Node:
         is_usable = NODE_NAME.fullmatch(peer.name) and peer.name not in self._nodes
@@ -413,16 +445,18 @@ class Neighbours:
                     node.endpoint = peer.endpoint
                 continue
             if node is not None:
+                node.disconnect()
                 del self._nodes[node.name]
             if peer.name in self._nodes:  # Only seen so far; it gives the name way.
                 self._drop(self._nodes[peer.name])
             self._expect(self._remember_node(peer))
         trusted = self._trusted.keys()
         for node in self._remote():
-            if node.is_trusted and node.public_key not in trusted:
+            if node.is_trusted and not node.is_unlisted and node.public_key not in trusted:
                 self._drop(node)
 
     def _drop(self, node: Node) -> None:
+        waiting = self._joining.pop(node.public_key, [])
         self._let_go(node)
         if node.state not in ("discovered", "pairing"):
             self._lose(node, "it was forgotten")
@@ -431,4 +465,6 @@ class Neighbours:
         found = self._found.get(node.public_key)
         if found is not None:
             self._propose(found)
+        for done in waiting:
+            done(PeerRefused(f"{node.name} was forgotten before it had let this computer in"))
         self._on_change()

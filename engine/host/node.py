@@ -18,8 +18,9 @@ from engine.cluster.join_token import JoinToken
 from engine.cluster.processes import Child
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, connect, connect_once
+from engine.cluster.transport import Channel, Frames, connect, connect_once
 from engine.host.messages import NodeDevice, NodeState, NodeStateName
+from engine.host.worker_words import checked, host_of
 from engine.plan.plan import Transport
 
 # How many measurements of the round trip the smallest is taken of: the others waited for something.
@@ -51,6 +52,7 @@ class Node:
         endpoint: where a worker elsewhere listens, or listened last.
         announced: where discovery says that it listens; "" where it says nothing.
         is_trusted: it is ours, paired with, or let in by its token.
+        is_unlisted: it is ours, and the list on disk could not be changed to say so.
         is_named_here: its name was made up here, because it has not said its own yet.
         starting: devices whose runner is on its way, with what it was asked for.
         dialled: where the line goes, or went last.
@@ -72,6 +74,7 @@ class Node:
         self.endpoint = ""
         self.announced = ""
         self.is_trusted = kind != "remote"
+        self.is_unlisted = False
         self.is_named_here = False
         self.state: NodeStateName = "starting"
         self.reason = ""
@@ -80,6 +83,7 @@ class Node:
         self.description: m.NodeDescription | None = None
         self.telemetry: m.Telemetry | None = None
         self.speeds: tuple[m.DeviceSpeed, ...] = ()
+        self.disk_bytes_per_second: float | None = None
         self.heard_at = time.monotonic()
         self.runners: dict[str, Runner] = {}
         self.starting: dict[str, Wanted] = {}
@@ -92,11 +96,16 @@ class Node:
         self.is_enrolling = False
         self.dialled = ""
         self._watch: ConnectionWatch | None = None
-        self._pings: dict[int, float] = {}
-        self._num_pings = 0
+        self._probes: dict[int, float] = {}
+        self._num_probes = 0
         self._round_trips: list[float] = []
         self._shown: tuple[str, str] = ("", "")
         self._since_s = time.time()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its devices can take a share now, or as soon as it has started again."""
+        return self.description is not None and self.state in ("ready", "starting")
 
     # ---- the line ----------------------------------------------------------------------------
 
@@ -110,7 +119,9 @@ class Node:
         Raises: ProtocolError: the endpoint is not one.
         """
         self.disconnect()
-        socket, watch = connect_once(context, keys, self.public_key, endpoint)
+        socket, watch = connect_once(
+            context, keys, self.public_key, endpoint, max_message_bytes=m.MAX_HEADER_BYTES
+        )
         self._open(socket)
         self._watch = watch
         self.dialled = endpoint
@@ -118,8 +129,32 @@ class Node:
     def _open(self, socket: zmq.Socket[Any]) -> None:
         self.channel = Channel(socket, m.WORKER_SENDS)
         self.heard_at = time.monotonic()
-        self._pings.clear()
+        self._probes.clear()
         self._round_trips.clear()
+
+    def receive(self) -> m.Message | None:
+        """What its worker said next, checked; None where it has said nothing (more).
+
+        Raises:
+            ProtocolError: the worker breaks the rules.
+            PeerRefused: it speaks another protocol version.
+        """
+        assert self.channel is not None
+        socket = self.channel.socket
+        try:
+            # Only a frame that is not copied knows where it came from.
+            first = socket.recv(zmq.DONTWAIT, copy=False)
+            parts = [bytes(first.buffer), *(socket.recv_multipart() if first.more else ())]
+        except zmq.Again:
+            return None
+        own_addresses = None
+        if self.kind == "remote":
+            came_from = first.get("Peer-Address")
+            own_addresses = [host_of(self.dialled)]
+            if isinstance(came_from, str) and came_from:
+                own_addresses.append(came_from)
+        received = self.channel.decode(Frames(parts, b"", b"", ""))
+        return checked(received.message, own_addresses)
 
     def disconnect(self, linger_ms: int = 0) -> None:
         """Close the line.
@@ -146,17 +181,17 @@ class Node:
 
     # ---- the round trip ----------------------------------------------------------------------
 
-    def next_ping(self, now: float) -> m.Probe:
+    def next_probe(self, now: float) -> m.Probe:
         """A message that times the way there and back."""
-        self._num_pings += 1
-        self._pings[self._num_pings] = now
-        if len(self._pings) > MAX_UNANSWERED:
-            del self._pings[min(self._pings)]
-        return m.Probe(number=self._num_pings)
+        self._num_probes += 1
+        self._probes[self._num_probes] = now
+        if len(self._probes) > MAX_UNANSWERED:
+            del self._probes[min(self._probes)]
+        return m.Probe(number=self._num_probes)
 
-    def take_pong(self, message: m.ProbeAnswer, now: float) -> None:
+    def take_probe_answer(self, message: m.ProbeAnswer, now: float) -> None:
         """Its answer; one that was not asked for changes nothing."""
-        sent_at = self._pings.pop(message.number, None)
+        sent_at = self._probes.pop(message.number, None)
         if sent_at is not None:
             self._round_trips = [*self._round_trips[1 - ROUND_TRIPS :], now - sent_at]
 
@@ -218,4 +253,6 @@ class Node:
             cpu_power_w=usage.cpu_power_w if usage else None,
             gpus=tuple(replace(g, device=self.own_name(g.device)) for g in gpus),
             speeds=tuple(replace(s, device=self.own_name(s.device)) for s in self.speeds),
+            system=self.description.system if self.description else "",
+            disk_bytes_per_second=self.disk_bytes_per_second,
         )

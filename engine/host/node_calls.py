@@ -59,7 +59,7 @@ class NodeCalls:
         """Begin with a call; True if it is one of these.
 
         Args:
-            devices_in_use: with a share in the plan in force, or in one on its way.
+            devices_in_use: with a share in the plan in force.
         Raises: EngineError: it cannot be served; the call is over.
         """
         if isinstance(call, api.AddNode):
@@ -133,6 +133,10 @@ class NodeCalls:
 
     def _pair(self, call: api.PairNode) -> None:
         node = self._nodes.find(call.name)
+        if node.state == "pairing" or node.name in self._attempts:
+            raise PeerRefused(
+                f"{node.name} is being paired with already; finish or cancel that, then try again"
+            )
         if node.kind != "remote" or node.state not in ("discovered", "lost"):
             raise PeerRefused(
                 f"{node.name} is {node.state}; only a node that was discovered, or one that no "
@@ -191,14 +195,18 @@ class NodeCalls:
         try:
             self._nodes.neighbours.trust(attempt.node, pairing.peer_key, pairing.peer_name)
         except EngineError as error:
-            self._fail(attempt.request_id, error)
+            self._put_back(attempt, error)
         else:
             self._done(attempt.request_id)
 
     def _give_up(self, attempt: _Attempt, error: EngineError) -> None:
-        node = attempt.node
-        del self._attempts[node.name]
+        del self._attempts[attempt.node.name]
         attempt.line.close()
+        self._put_back(attempt, error)
+
+    def _put_back(self, attempt: _Attempt, error: EngineError) -> None:
+        """The node is what it was before."""
+        node = attempt.node
         node.state, node.code = attempt.state_before, ""
         node.reason = str(error)
         self._fail(attempt.request_id, error)

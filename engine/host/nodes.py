@@ -22,11 +22,12 @@ from engine.cluster.identity import TrustedPeers
 from engine.cluster.processes import Address, Child, Greeting
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
-from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
+from engine.errors import EngineError, PlanError, ProtocolError, WorkerLost, error_by_name, one_line
 from engine.host.messages import NodeState
 from engine.host.neighbours import RETRY_SECONDS, Neighbours
 from engine.host.node import Node, Runner, Wanted
 from engine.host.telemetry_rate import wanted_hz
+from engine.host.worker_words import MAX_CAUSE
 from engine.plan.plan import Transport
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ WORKER_START_SECONDS = 30.0
 # A worker of this computer may be starved by what its runners compute.
 LOCAL_SILENCE_SECONDS = 10.0
 MAX_SIMULATED = 16
+# Then the others have their turn: a worker may talk without end.
+MESSAGES_PER_TURN = 100
 SIMULATED_PREFIX = "local-"
 THIS_NODE = "this"
 
@@ -157,19 +160,21 @@ class Nodes:
     def _hear(self, node: Node) -> bool:
         changed = False
         channel = node.channel
-        while channel is not None and node.channel is channel:
+        for _ in range(MESSAGES_PER_TURN):
+            if channel is None or node.channel is not channel:
+                break
             try:
-                received = channel.receive(0)
+                message = node.receive()
+                if message is None:
+                    break
+                node.heard_at = time.monotonic()
+                self._take(node, message)
             except EngineError as error:
                 if node.kind == "remote":
                     self.neighbours.failed(node, str(error))
                 else:
                     self._lose(node, str(error))
                 return True
-            if received is None:
-                break
-            node.heard_at = time.monotonic()
-            self._take(node, received.message)
             changed = True
         silence = time.monotonic() - node.heard_at
         if node.child is not None and channel is not None and silence > LOCAL_SILENCE_SECONDS:
@@ -191,19 +196,9 @@ class Nodes:
             node.telemetry = message
         elif isinstance(message, m.SpeedReport):
             node.speeds = message.devices
+            node.disk_bytes_per_second = message.disk_bytes_per_second
         elif isinstance(message, m.RunnerStarted):
-            device = node.own_name(message.device)
-            address = RunnerAddress(
-                device,
-                message.control_endpoint,
-                message.exchange_endpoint,
-                message.public_key,
-                node.keys,
-                message.rendezvous,
-            )
-            wanted = node.starting.pop(device, Wanted("", "zmq"))
-            node.runners[device] = Runner(address, wanted, message.pid)
-            self._on_change()
+            self._take_runner(node, message)
         elif isinstance(message, m.RunnerExited):
             device = node.own_name(message.device)
             runner = node.runners.get(device)
@@ -214,8 +209,29 @@ class Nodes:
                 self._on_runner_lost(device, b"", message.cause)
             self._on_change()
         elif isinstance(message, m.Failed):
-            node.reason = message.message
             self._lose(node, str(error_by_name(message.error, message.message)))
+
+    def _take_runner(self, node: Node, message: m.RunnerStarted) -> None:
+        """Raises: ProtocolError: the runner has the key of another one."""
+        device = node.own_name(message.device)
+        wanted = node.starting.get(device)
+        if wanted is None:
+            logger.warning("%s started a runner that nobody asked for: %s", node.name, device)
+            return
+        others = (r.address for n in self._nodes.values() for r in n.runners.values())
+        if any(other.public_key == message.public_key for other in others):
+            raise ProtocolError(f"the runner of {device} has the key of another runner")
+        del node.starting[device]
+        address = RunnerAddress(
+            device,
+            message.control_endpoint,
+            message.exchange_endpoint,
+            message.public_key,
+            node.keys,
+            message.rendezvous,
+        )
+        node.runners[device] = Runner(address, wanted, message.pid)
+        self._on_change()
 
     def _on_worker_exit(self, child: Child) -> None:
         if child.is_ending:
@@ -231,6 +247,7 @@ class Nodes:
 
     def _lose(self, node: Node, cause: str) -> None:
         """Put a node in state "lost"; one that is lost already has another reason for it now."""
+        cause = one_line(cause, MAX_CAUSE)
         node.disconnect()
         node.next_attempt_at = time.monotonic() + RETRY_SECONDS
         if node.state == "lost":
@@ -239,8 +256,9 @@ class Nodes:
         logger.warning("%s is lost: %s", node.name, cause)
         node.state, node.reason, node.code = "lost", cause, ""
         if node.child is not None:  # It may live and be frozen; nobody else would end it.
-            self._enders.append(threading.Thread(target=node.child.end, args=(1.0,), daemon=True))
-            self._enders[-1].start()
+            ender = threading.Thread(target=node.child.end, args=(1.0,), daemon=True)
+            self._enders = [*(t for t in self._enders if t.is_alive()), ender]
+            ender.start()
         self._forget_runners(node, cause)
         self._on_change()
 
@@ -346,6 +364,22 @@ class Nodes:
                 "or add the node by its address"
             )
         return self._nodes[name]
+
+    def why_not(self, name: str) -> str:
+        """Why a node can take no part in a plan, and what to do; "" where nothing is in its way."""
+        node = self._nodes.get(name)
+        if node is None:
+            known = ", ".join(self.names())
+            return f"there is no node {name!r}; known are {known}. Add the node, or choose another"
+        if node.state == "discovered":
+            return f"{name} is discovered, but not paired: `shardmix nodes pair {name}`"
+        if node.state == "pairing":
+            return f"{name} is being paired with: compare the six digits on both computers"
+        if not node.is_trusted:
+            return f"{name} has not let this computer in yet; wait until it is ready"
+        if node.state == "lost":
+            return f"{name} is lost: {node.reason}"
+        return ""
 
     def states(self, busy: set[str], loading: set[str], in_use: set[str]) -> tuple[NodeState, ...]:
         """All nodes as the window lists them.

@@ -25,7 +25,7 @@ from engine.cluster.pairing import (
 )
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect_once
-from engine.errors import EngineError, PeerRefused, ProtocolError, WorkerLost
+from engine.errors import EngineError, PeerRefused, ProtocolError, WorkerLost, one_line
 
 # A verdict, or a refusal, still has to leave.
 LINGER_MS = 500
@@ -84,8 +84,8 @@ class PairingAttempt:
                 if answer is not None:
                     self._channel.send(answer)
         except ProtocolError as error:
-            self.pairing.give_up(str(error))
-            raise PeerRefused(f"{self._where} breaks the rules of pairing: {error}") from error
+            reason = one_line(f"{self._where} breaks the rules of pairing: {error}", 500)
+            self._give_up(reason)
         except WorkerLost:
             pass  # The watch knows more.
         if self.pairing.is_paired:

@@ -11,9 +11,10 @@ import zmq
 
 from engine.cluster.discovery import Found
 from engine.cluster.identity import TrustedPeer, TrustedPeers
+from engine.cluster.join_token import JoinToken
 from engine.cluster.messages import PROTOCOL_VERSION
 from engine.cluster.security import new_key_pair
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError, PeerRefused
 from engine.host.neighbours import MAX_DISCOVERED, Neighbours
 from engine.host.node import Node
 from engine.host.node_words import parse_address
@@ -60,6 +61,11 @@ def known(name: str, key: bytes) -> TrustedPeer:
     """Somebody who is trusted."""
     endpoint = "tcp://192.168.1.5:47500"
     return TrustedPeer(public_key=key, name=name, added_s=1.0, endpoint=endpoint)
+
+
+def token(name: str, key: bytes) -> JoinToken:
+    """What a person got from another computer."""
+    return JoinToken(name, "tcp://192.168.1.7:47500", key, new_key_pair(), 1e12)
 
 
 def test_this_computers_own_service_is_no_other_computer(here: Here) -> None:
@@ -119,6 +125,28 @@ def test_what_is_gone_is_no_longer_proposed_and_still_trusted(here: Here) -> Non
         here.neighbours.found(announcement)
         here.neighbours.gone(announcement.public_key)
     assert here.remote() == {"attic": "starting"}
+
+
+def test_a_node_that_is_being_paired_with_is_left_to_that(here: Here) -> None:
+    key = new_key_pair().public
+    here.trusted.add(known("attic", key))
+    here.start()
+    node = here.nodes["attic"]
+    node.state, node.code = "pairing", "123456"
+    here.neighbours.tick()
+    assert node.channel is None
+    with pytest.raises(PeerRefused, match="attic is being paired with already"):
+        here.neighbours.join(token("attic", key), lambda error: None)
+    assert (node.state, node.code) == ("pairing", "123456")
+
+
+def test_a_node_that_is_forgotten_while_it_joins_tells_so(here: Here) -> None:
+    errors: list[EngineError | None] = []
+    node = here.neighbours.join(token("attic", new_key_pair().public), errors.append)
+    here.neighbours.forget(node)
+    (error,) = errors
+    assert "attic was forgotten before" in str(error)
+    assert here.remote() == {}
 
 
 def test_what_another_program_of_this_installation_writes_down_counts(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError, EngineError, PeerRefused
 from engine.host import messages as api
-from tests.engine.host.elsewhere import Desk, Elsewhere, own_key, remembered
+from engine.host.neighbours import RETRY_SECONDS
+from tests.engine.host.elsewhere import Desk, Elsewhere, own_key, remember, remembered
 
 pytestmark = pytest.mark.network
 
@@ -75,6 +77,54 @@ def test_a_no_on_either_side_leaves_both_as_they_were(tmp_path: Path) -> None:
         assert remembered() == []
         trusted = tmp_path / "attic" / "trusted_hosts.json"
         assert not trusted.exists() or own_key().decode() not in trusted.read_text()
+
+
+def test_a_node_that_forgot_us_is_paired_with_again_without_hurry(tmp_path: Path) -> None:
+    attic = Elsewhere(tmp_path / "attic")
+    remember(attic)
+    attic.distrust(own_key())
+    with attic, Desk() as desk:
+        desk.node("attic", "lost")
+        with attic.wait_for_pairing() as person:
+            person.read_until("Waiting")
+            pairing = desk.post(api.PairNode, name="attic")
+            shown = desk.event(api.PairingCode, pairing)
+            with pytest.raises(PeerRefused, match="attic is being paired with already"):
+                desk.call(api.PairNode, name="attic")
+            with pytest.raises(PeerRefused, match="attic is being paired with already"):
+                desk.call(api.AddNode, token=attic.token)
+            # A person looks at two screens for longer than this host waits between attempts.
+            begun = desk.node("attic", "pairing")
+            later = time.monotonic() + RETRY_SECONDS + 1
+            desk.wait_until(lambda: time.monotonic() > later, "later")
+            now = desk.node("attic")
+            assert isinstance(shown, api.PairingCode)
+            assert (now.state, now.code, now.since_s) == ("pairing", shown.code, begun.since_s)
+            desk.call(api.ConfirmPairing, name="attic", is_same=True)
+            person.answer("y")
+            desk.event(api.Done, pairing)
+            assert person.ended()[0] == 0
+        desk.node("attic", "ready")
+
+
+def test_a_pairing_that_cannot_be_written_down_leaves_the_node_as_it_was(
+    tmp_path: Path, own_settings: Path
+) -> None:
+    with Elsewhere(tmp_path / "attic") as attic, Desk() as desk:
+        desk.call(api.AddAddress, endpoint=attic.endpoint)
+        (own_settings / "nodes.json").write_text("[")
+        with attic.wait_for_pairing() as person:
+            person.read_until("Waiting")
+            pairing = desk.post(api.PairNode, name="127.0.0.1")
+            desk.event(api.PairingCode, pairing)
+            desk.call(api.ConfirmPairing, name="127.0.0.1", is_same=True)
+            person.answer("y")
+            failed = desk.event(api.CallFailed, pairing)
+            assert isinstance(failed, api.CallFailed)
+            assert failed.error == "ConfigError"
+        node = desk.node("attic", "discovered")
+        assert "is damaged" in node.reason
+        assert node.code == ""
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line() -> None:

@@ -45,6 +45,7 @@ def test_a_computer_is_paired_listed_and_forgotten(tmp_path: Path) -> None:
         nodes = {node["name"]: node for node in json.loads(output)}
         assert nodes.keys() == {"this", "attic"}
         assert nodes["attic"]["state"] == "ready"
+        assert "torch" in nodes["attic"]["system"]
         assert nodes["attic"]["fingerprint"] == fingerprint(attic.key.encode())
         assert nodes["attic"]["address"] == f"127.0.0.1:{attic.port}"
 

@@ -332,9 +332,7 @@ class PlanApplication:
     def _is_there(self, device: str) -> bool:
         """Whether a device can take a share now, or as soon as its node has started."""
         node = self._nodes.node_of(device)
-        if node is None or node.state in ("lost", "stale"):
-            return False
-        return self._nodes.info(device) is not None
+        return node is not None and node.is_usable and self._nodes.info(device) is not None
 
     def _can_start_again(self, device: str) -> bool:
         """Whether a lost device may come back with a new runner, or a new worker of ours."""
@@ -353,11 +351,7 @@ class PlanApplication:
             raise PlanError(f"{device} cannot take part: {node.reason}")
         simulated = {f"{SIMULATED_PREFIX}{n}" for n in range(1, MAX_SIMULATED + 1)}
         if name != THIS_NODE and name not in simulated:
-            known = ", ".join(self._nodes.names())
-            raise PlanError(
-                f"the plan uses {device}, but there is no node {name!r}; known are {known}. Add "
-                "the node, or change the plan"
-            )
+            raise PlanError(f"{device} cannot take part: {self._nodes.why_not(name)}")
         if name in job.started_nodes:
             assert node is not None
             raise PlanError(f"{device} cannot take part: {node.reason}")
@@ -374,7 +368,7 @@ class PlanApplication:
             if node is None or node.state == "lost":
                 reason = node.reason if node is not None else "it is not known"
                 raise PlanError(f"{device} cannot take part: {reason}")
-            if node.state == "starting":
+            if not node.is_usable:
                 continue
             if self._nodes.info(device) is None:
                 known = ", ".join(name.rpartition("/")[2] for name in node.devices())

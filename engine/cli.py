@@ -1,4 +1,4 @@
-"""The command `shardmix`: window, generate, logits, chat, bench, models.
+"""The command `shardmix`: window, generate, logits, chat, bench, models, nodes.
 
 In: arguments. Out: text or JSON on standard output; progress and errors on standard error. An
 error is one line; exit codes are 0, 1 for an error, 2 for usage, 130 when interrupted.
@@ -18,6 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from engine.cli_nodes import app as nodes_app
 from engine.cli_options import (
     BiasOption,
     CacheDtype,
@@ -59,6 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run language models on the computers you already own. Without a command: the window.",
 )
+app.add_typer(nodes_app, name="nodes")
 
 
 @app.callback(invoke_without_command=True)

@@ -100,6 +100,7 @@ class EngineHost:
             self._context, self.keys, self._nodes, self._send, self._end, self._fail
         )
         self._application = PlanApplication(self._nodes, self.scheduler, self._send, self._fail)
+        self._nodes.neighbours.start(self._call_soon)
         self._nodes.start_local(THIS_NODE)
 
     def end_soon(self) -> None:
@@ -339,8 +340,7 @@ class EngineHost:
         self._end(call.request_id, api.Done(request_id=call.request_id))
 
     def _on_nodes(self) -> None:
-        # Nodes that are known from before are there before what plans are applied with.
-        self._call_soon(lambda: self._application.advance())
+        self._call_soon(self._application.advance)
         self._nodes_at = 0.0
 
     def _on_runner_lost(self, device: str, public_key: bytes, cause: str) -> None:

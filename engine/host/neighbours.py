@@ -56,7 +56,7 @@ class Neighbours:
         lose: Callable[[Node, str], None],
         on_change: Callable[[], None],
     ) -> None:
-        """List the trusted nodes, to be connected by `tick`.
+        """Know nobody yet.
 
         Args:
             keys: the permanent ones of this installation.
@@ -75,11 +75,15 @@ class Neighbours:
         self._found: dict[bytes, Found] = {}
         self._joining: dict[bytes, list[Callable[[EngineError | None], None]]] = {}
         self._hello_at = 0.0
-        for peer in trusted:
-            self._expect(self._remember_node(peer))
 
-    def start_browsing(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """Look for nodes on the network. Args: call_soon: runs a function in the main thread."""
+    def start(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Expect the trusted nodes, and look for others on the network.
+
+        Args:
+            call_soon: runs a function in the main thread.
+        """
+        for peer in self._trusted:
+            self._expect(self._remember_node(peer))
         self._browser = Browser(
             lambda found: call_soon(lambda: self.found(found)),
             lambda key: call_soon(lambda: self.gone(key)),
@@ -242,11 +246,17 @@ class Neighbours:
         elif isinstance(message, m.Busy):
             self._settle(node, None)
             self._lose(node, f"busy with {one_line(message.holder, 100)}")
+        elif isinstance(message, m.Failed):
+            self.failed(node, one_line(message.message))
         elif isinstance(message, m.Pong):
             node.take_pong(message, time.monotonic())
         else:
             return False
         return True
+
+    def failed(self, node: Node, reason: str) -> None:
+        """A worker broke the rules, or said that it does not serve us."""
+        self._failed(node, reason, time.monotonic(), is_final=True)
 
     # ---- inside: lines -----------------------------------------------------------------------
 
@@ -312,7 +322,7 @@ class Neighbours:
             node.next_attempt_at = now + IMPATIENT_RETRY_SECONDS
             return
         self._lose(node, reason)
-        node.token = None
+        node.token, node.is_enrolling = None, False
         self._settle(node, PeerRefused(reason))
 
     def _settle(self, node: Node, error: EngineError | None) -> None:

@@ -49,7 +49,7 @@ class Nodes:
         on_change: Callable[[], None],
         on_runner_lost: Callable[[str, bytes, str], None],
     ) -> None:
-        """Look for the trusted nodes, and for others on the network.
+        """Know nobody yet.
 
         Args:
             keys: the host's own; workers it starts let in its public half.
@@ -70,7 +70,6 @@ class Nodes:
         self.neighbours = Neighbours(
             context, keys, trusted, self.host_name, self._nodes, self._lose, on_change
         )
-        self.neighbours.start_browsing(call_soon)
 
     # ---- adding ------------------------------------------------------------------------------
 
@@ -159,7 +158,10 @@ class Nodes:
             try:
                 received = channel.receive(0)
             except EngineError as error:
-                self._lose(node, str(error))
+                if node.kind == "remote":
+                    self.neighbours.failed(node, str(error))
+                else:
+                    self._lose(node, str(error))
                 return True
             if received is None:
                 break

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 DASH = "\u2013"
 UNKNOWN = DASH
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_BIT_RATE_UNITS = ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s")
+_FLOP_UNITS = ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s")
 _SIGNIFICANT = 3
 
 
@@ -29,13 +31,7 @@ def figure(value: float | None, unit: str = "") -> str:
 
 def figure_bytes(value: float | None) -> str:
     """A size in powers of 1000, such as "98.4 MB"."""
-    if value is None or not math.isfinite(value):
-        return UNKNOWN
-    power = 0
-    while abs(value) >= 999.5 and power < len(_BYTE_UNITS) - 1:
-        value /= 1000
-        power += 1
-    return f"{_three_digits(value)} {_BYTE_UNITS[power]}"
+    return _with_power(value, _BYTE_UNITS)
 
 
 def figure_rate(bytes_per_second: float | None) -> str:
@@ -54,6 +50,28 @@ def figure_seconds(value: float | None) -> str:
         return f"{_three_digits(value)} s"
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds:02d} s"
+
+
+def figure_age(seconds: float) -> str:
+    """How long something has been so, in whole units: "42 s", "3 min", "2 h 05 min", "4 days"."""
+    whole = max(0, int(seconds))
+    if whole < 100:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days"
+
+
+def figure_bit_rate(bytes_per_second: float | None) -> str:
+    """The speed of a link as its makers give it, such as "940 Mbit/s"."""
+    return _with_power(None if bytes_per_second is None else 8 * bytes_per_second, _BIT_RATE_UNITS)
+
+
+def figure_flops(operations_per_second: float | None) -> str:
+    """How fast a device multiplies, such as "412 GFLOP/s"."""
+    return _with_power(operations_per_second, _FLOP_UNITS)
 
 
 def figure_percent(fraction: float | None) -> str:
@@ -96,6 +114,17 @@ def layers_text(layers: Sequence[int]) -> str:
     if not layers:
         return ""
     return f"layer{'s' if len(layers) > 1 else ''} {ranges_text(layers)}"
+
+
+def _with_power(value: float | None, units: Sequence[str]) -> str:
+    """A value with the unit, a thousand apart each, that leaves it below a thousand."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{_three_digits(value)} {units[power]}"
 
 
 def _three_digits(value: float) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from app.figures import layers_text
+from engine.errors import PlanError
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
 
@@ -70,3 +73,16 @@ def plan_in_words(plan: Plan, label: Callable[[str], str], label_limit: int = 3)
     if len(names) > label_limit:
         return f"{len(names)} devices compute {plan.shape.num_layers} layers"
     return f"{', '.join(names[:-1])} and {names[-1]} compute {plan.shape.num_layers} layers"
+
+
+def without_idle_devices(plan: Plan) -> Plan:
+    """The plan with only the columns that have a share."""
+    used = plan.used_devices()
+    if len(used) == len(plan.devices):
+        return plan
+    cells = tuple(tuple(row[index] for index in used) for row in plan.cells)
+    devices = tuple(plan.devices[index] for index in used)
+    try:
+        return msgspec.structs.replace(plan, devices=devices, cells=cells).validate()
+    except PlanError:
+        return plan

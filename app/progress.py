@@ -13,6 +13,7 @@ _PHASE_WORDS = {
     "fetch": "Fetching the model",
     "start": "Starting the computing processes",
     "weights": "Loading weights",
+    "connect": "Connecting the devices",
     "prefill": "Reading the prompt",
 }
 
@@ -59,7 +60,7 @@ class ProgressText:
         words = _PHASE_WORDS[progress.phase]
         if not progress.total:
             return words
-        if progress.phase == "start":
+        if progress.phase in ("start", "connect"):
             return f"{words}  {progress.done} of {progress.total}"
         text = f"{words}  {figure_percent(round(progress.done / progress.total, 2))}"
         if progress.phase in ("fetch", "weights"):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
-import msgspec
 from PySide6.QtCore import QObject, Signal
 
+from app.node_list import HOME_DEVICE, NodeList
+from app.plan_facts import without_idle_devices
+from app.plan_in_force import PlanInForce
 from app.stages import Stage, StartOptions, Trouble
 from engine.cluster.messages import Message
-from engine.errors import PlanError
 from engine.host.messages import (
     AddNode,
     AddSimulatedNodes,
@@ -25,11 +27,12 @@ from engine.host.messages import (
     Cancel,
     Done,
     Finished,
+    LinksChanged,
     ModelOpened,
     NodesChanged,
-    NodeState,
     OpenModel,
     PlanApplied,
+    PlanInterrupted,
     PlanLost,
     Progress,
     Throughput,
@@ -39,7 +42,6 @@ from engine.plan.presets import single
 
 logger = logging.getLogger(__name__)
 
-HOME_DEVICE = "this/cpu"
 EventHandler = Callable[[Message], None]
 
 
@@ -55,17 +57,15 @@ class Poster(Protocol):
         ...
 
 
-class Session(QObject):
+class Session(NodeList):
     """The engine as the window sees it.
 
     Attributes:
         stage, trouble: whether a question can be answered now, and what is in the way.
         open_path: what was asked to be opened last; None is the default model.
         model: of the last `ModelOpened`; None before.
-        plan: the plan in force; None while there is none.
-        last_plan: the last plan that was in force for this model.
+        in_force: the plan that runs, and what became of it.
         progress: of the running open or apply: weights by device, anything else under "".
-        device_order: devices in the order in which they joined, which gives their colours.
     """
 
     stage_changed = Signal()
@@ -75,23 +75,33 @@ class Session(QObject):
     progress_changed = Signal()
     throughput_measured = Signal(object)
     call_failed = Signal(str)
+    node_call_failed = Signal(str)
+    links_changed = Signal()
+    plan_interrupted = Signal()
+    plan_recovered = Signal(list)
 
     def __init__(
-        self, bridge: Poster, options: StartOptions, parent: QObject | None = None
+        self,
+        bridge: Poster,
+        options: StartOptions,
+        parent: QObject | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is started yet."""
+        """Nothing is started yet.
+
+        Args:
+            clock: seconds, never going back.
+        """
         super().__init__(parent)
         self._bridge = bridge
+        self.clock = clock
         self._ids = itertools.count(1)
         self._handlers: dict[int, EventHandler] = {}
         self.options = options
         self.stage = Stage.STARTING
         self.trouble: Trouble | None = None
         self.model: ModelOpened | None = None
-        self.plan: Plan | None = None
-        self.last_plan: Plan | None = None
-        self.nodes: tuple[NodeState, ...] = ()
-        self.device_order: list[str] = [HOME_DEVICE]
+        self.in_force = PlanInForce()
         self.progress: dict[str, Progress] = {}
         self.open_path: str | None = options.model
         self._open_request = 0
@@ -197,6 +207,21 @@ class Session(QObject):
     # ---- facts -------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan in force; None while there is none."""
+        return self.in_force.plan
+
+    @property
+    def last_plan(self) -> Plan | None:
+        """The last plan that was in force for this model."""
+        return self.in_force.last_plan
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a lost device of the plan is being worked around."""
+        return self.in_force.interruption is not None
+
+    @property
     def is_ready(self) -> bool:
         """Whether a question can be asked now."""
         return self.plan is not None and self.stage in (Stage.READY, Stage.LOADING)
@@ -204,37 +229,7 @@ class Session(QObject):
     @property
     def is_applying(self) -> bool:
         """Whether a plan is on its way into force."""
-        return self.stage is Stage.LOADING
-
-    @property
-    def num_simulated_nodes(self) -> int:
-        """Simulated nodes, lost ones included: their names are taken."""
-        return sum(node.kind == "simulated" for node in self.nodes)
-
-    def device_index(self, device: str) -> int:
-        """A device's place in the order of joining; a device never seen joins now."""
-        if device not in self.device_order:
-            self.device_order.append(device)
-        return self.device_order.index(device)
-
-    def device_label(self, device: str) -> str:
-        """A device's name for a person, such as "this computer" or "local-1"."""
-        node_name, _, kind = device.partition("/")
-        name = "this computer" if node_name == "this" else node_name
-        node = next((node for node in self.nodes if node.name == node_name), None)
-        if node is not None and len(node.devices) > 1:
-            return f"{name} {kind.upper()}"
-        return name
-
-    def available_devices(self) -> list[str]:
-        """Devices of nodes that are there, in order of joining."""
-        devices = [
-            device.device
-            for node in self.nodes
-            if node.state in ("ready", "loading", "busy")
-            for device in node.devices
-        ]
-        return sorted(devices, key=self.device_index)
+        return self.stage in (Stage.LOADING, Stage.RECOVERING)
 
     # ---- events ------------------------------------------------------------------------------
 
@@ -244,6 +239,9 @@ class Session(QObject):
             request_id: int | None = getattr(event, "request_id", None)
             if request_id is None:
                 self._hear_news(event)
+                continue
+            if self._is_of_recovery(event):
+                self._take_progress(event)
                 continue
             handler = self._handlers.get(request_id)
             if isinstance(event, Done | Finished | CallFailed):
@@ -263,7 +261,7 @@ class Session(QObject):
         self._open_request = self._apply_request = 0
         for request_id, handler in handlers:
             handler(CallFailed(request_id=request_id, error="WorkerLost", message=reason))
-        self._set_plan(None)
+        self._drop_plan()
         self.nodes = ()
         self.nodes_changed.emit()
         self._stop(Trouble(title="The engine ended", message=reason, remedy="restart"))
@@ -271,18 +269,18 @@ class Session(QObject):
     def _hear_news(self, event: Message) -> None:
         match event:
             case NodesChanged():
-                self.nodes = event.nodes
-                for node in event.nodes:
-                    # A node that still starts keeps its place, and with it its colour.
-                    names = [device.device for device in node.devices]
-                    for device in names or [f"{node.name}/cpu"]:
-                        self.device_index(device)
+                self.take_nodes(event.nodes)
                 self.nodes_changed.emit()
                 self._apply_first_plan()
             case PlanApplied():
-                self._set_plan(event.plan)
+                self._take_plan(event)
+            case PlanInterrupted():
+                self._interrupt(event.message)
+            case LinksChanged():
+                self.in_force.measure(event.links)
+                self.links_changed.emit()
             case PlanLost():
-                self._set_plan(None)
+                self._drop_plan()
                 self._stop(
                     Trouble(
                         title="The split stopped running",
@@ -332,6 +330,9 @@ class Session(QObject):
         match event:
             case Progress():
                 self._take_progress(event)
+            case CallFailed() if self.is_interrupted:
+                # The host works around a lost device: what follows decides about the stage.
+                self.call_failed.emit(event.message)
             case CallFailed():
                 self.progress = {}
                 self.progress_changed.emit()
@@ -347,6 +348,8 @@ class Session(QObject):
                             remedy="load_again",
                         )
                     )
+            case _ if self.is_interrupted:
+                pass
             case _:
                 self.progress = {}
                 if self.plan is not None:
@@ -355,13 +358,26 @@ class Session(QObject):
 
     def _on_node_call_event(self, event: Message) -> None:
         if isinstance(event, CallFailed):
-            self.call_failed.emit(event.message)
+            self.node_call_failed.emit(event.message)
+
+    def _is_of_recovery(self, event: Message) -> TypeGuard[Progress]:
+        """Whether this is progress of putting another plan in the place of a broken one.
+
+        Nobody asked for that plan, so its progress belongs to no call of the window's own.
+        """
+        return (
+            self.is_interrupted
+            and isinstance(event, Progress)
+            and event.phase in ("start", "weights", "connect")
+        )
 
     def _take_progress(self, progress: Progress) -> None:
         if progress.phase == "weights":
             self.progress.pop("", None)
             self.progress[progress.subject] = progress
         else:
+            if progress.phase == "connect":
+                self.progress.clear()
             # Its subject changes with its amount, so that it cannot be the key.
             self.progress[""] = progress
         self.progress_changed.emit()
@@ -371,10 +387,10 @@ class Session(QObject):
             model.config
         )
         if not same_shape:
-            self.last_plan = None
+            self.in_force.last_plan = None
         self.model = model
         self.progress = {}
-        self._set_plan(None)
+        self._drop_plan()
         self._wants_plan = True
         self.model_changed.emit()
         self._apply_first_plan()
@@ -395,11 +411,26 @@ class Session(QObject):
         self._wants_plan = False
         self.apply_plan(single(PlanShape.from_config(self.model.config), device))
 
-    def _set_plan(self, plan: Plan | None) -> None:
-        self.plan = plan
-        if plan is not None:
-            self.last_plan = plan
-            self._set_stage(Stage.READY)
+    def _interrupt(self, message: str) -> None:
+        self.in_force.interrupt(message, self.clock())
+        self.progress = {}
+        self._set_stage(Stage.RECOVERING)
+        self.progress_changed.emit()
+        self.plan_interrupted.emit()
+
+    def _take_plan(self, applied: PlanApplied) -> None:
+        was_interrupted = self.is_interrupted
+        lost = self.in_force.take(applied, self.device_label)
+        if was_interrupted:
+            self.progress = {}
+        self._set_stage(Stage.READY)
+        self.plan_changed.emit()
+        if was_interrupted:
+            self.progress_changed.emit()
+            self.plan_recovered.emit(lost)
+
+    def _drop_plan(self) -> None:
+        self.in_force.drop()
         self.plan_changed.emit()
 
     def _set_stage(self, stage: Stage) -> None:
@@ -413,16 +444,3 @@ class Session(QObject):
         self.progress = {}
         self.stage_changed.emit()
         self.progress_changed.emit()
-
-
-def without_idle_devices(plan: Plan) -> Plan:
-    """The plan with only the columns that have a share."""
-    used = plan.used_devices()
-    if len(used) == len(plan.devices):
-        return plan
-    cells = tuple(tuple(row[index] for index in used) for row in plan.cells)
-    devices = tuple(plan.devices[index] for index in used)
-    try:
-        return msgspec.structs.replace(plan, devices=devices, cells=cells).validate()
-    except PlanError:
-        return plan

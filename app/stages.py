@@ -16,6 +16,7 @@ class Stage(Enum):
     OPENING = "opening the model"
     LOADING = "loading weights"
     READY = "ready"
+    RECOVERING = "working around a lost device"
     STOPPED = "no split is running"
 
 

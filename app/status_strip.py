@@ -34,7 +34,6 @@ class StatusStrip(QFrame):
         self._history = history
         self._plan = QElidingLabel()
         self._plan.setObjectName("stripPlan")
-        self._plan.setToolTip("The split in force")
         self._waits = QElidingLabel()
         self._waits.setObjectName("stripWaits")
         self._waits.setToolTip("Of the last two seconds of work, as the devices measured them")
@@ -61,12 +60,20 @@ class StatusStrip(QFrame):
     def refresh(self) -> None:
         """Show what does not change with time alone."""
         session, conversation = self._session, self._conversation
-        text = session.stage.value
-        if session.plan is not None and session.is_ready:
+        text, tip = session.stage.value, "The split in force"
+        interruption, detour = session.in_force.interruption, session.in_force.detour
+        if interruption is not None:
+            tip = interruption.message
+            text = f"{tip.rstrip('. ')} · working around it"
+        elif session.plan is not None and session.is_ready:
             text = plan_in_words(session.plan, session.device_label)
             if session.is_applying:
                 text += " · a new split is loading"
+            elif detour is not None:
+                text += f" · {detour.words}"
+                tip = detour.note
         self._plan.setText(text)
+        self._plan.setToolTip(tip)
         self._first.setText(f"first token {figure_seconds(conversation.ttft_s)}")
         window = None if session.model is None else session.model.kv_window
         used = figure_count(conversation.used_tokens)
@@ -81,4 +88,7 @@ class StatusStrip(QFrame):
         self._sparkline.refresh(now)
         totals = self._history.totals(now)
         names = {item.device: self._session.device_label(item.device) for item in totals}
-        self._waits.setText(bottleneck_text(totals, names))
+        waits = bottleneck_text(totals, names)
+        self._waits.setText(waits)
+        # While nobody works, the plan has the room.
+        self._waits.setVisible(bool(waits))

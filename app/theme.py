@@ -265,6 +265,7 @@ QLabel[role="title"] { font-size: @title; font-weight: 600; }
 QLabel[role="large"] { font-size: @large; font-weight: 600; }
 QLabel[role="muted"] { color: @text_muted; }
 QLabel[role="small"] { color: @text_muted; font-size: @small; }
+QLabel[role="warning"] { color: @warning; }
 QLabel[role="bad"] { color: @bad; font-weight: 600; }
 
 QPushButton { background: @raised; color: @text; border: 1px solid @line; border-radius: 6px;

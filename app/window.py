@@ -27,6 +27,7 @@ from app.actions import ACTIONS, MENUS, ActionSpec
 from app.chat.chat_page import ChatPage
 from app.chat.conversation import Conversation
 from app.cluster.cluster_page import ClusterPage
+from app.cluster.presenter import ClusterPresenter
 from app.icon import window_icon
 from app.look import Look
 from app.monitor.history import History
@@ -62,8 +63,9 @@ class MainWindow(QMainWindow):
         self.history = History()
         self.conversation = Conversation(session, self)
         self.split = SplitPresenter(session, self)
-        self.chat_page = ChatPage(session, self.conversation, self.history, look)
-        self.cluster_page = ClusterPage(session, look)
+        self.cluster = ClusterPresenter(session, self.split, self)
+        self.chat_page = ChatPage(session, self.conversation, self.history, self.cluster, look)
+        self.cluster_page = ClusterPage(self.cluster, session, look)
         self.split_page = SplitPage(self.split, session, look)
         self.monitor_page = MonitorPage(session, self.conversation, self.history, look)
         self.strip = StatusStrip(session, self.conversation, self.history, look)
@@ -177,6 +179,7 @@ class MainWindow(QMainWindow):
         session.model_changed.connect(self._on_model_changed)
         self.conversation.state_changed.connect(self._show_state)
         self.split.draft_changed.connect(self._show_state)
+        self.cluster.split_wanted.connect(self._on_show_split)
         stack = self.split.undo_stack
         stack.undoTextChanged.connect(self._on_undo_text_changed)
         stack.redoTextChanged.connect(self._on_redo_text_changed)
@@ -212,6 +215,7 @@ class MainWindow(QMainWindow):
         now = time.time()
         self.strip.tick(now)
         self.chat_page.tick(now)
+        self.cluster_page.tick()
         self.monitor_page.tick(now)
 
     def _on_model_changed(self) -> None:

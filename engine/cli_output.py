@@ -38,6 +38,10 @@ class ProgressDisplay:
         """Follow one event."""
         if isinstance(message, api.ModelOpened) and message.warning:
             self._console.print(f"warning: {message.warning}", style="yellow")
+        if isinstance(message, api.PlanInterrupted):
+            self._note(f"{message.message}. Going on without it")
+        if isinstance(message, api.PlanApplied) and message.note:
+            self._note(message.note)
         if not isinstance(message, api.Progress):
             return
         if not self._console.is_terminal:
@@ -53,6 +57,10 @@ class ProgressDisplay:
         self._progress.update(self._tasks[key], completed=message.done, total=message.total or None)
         if message.total and message.done >= message.total:
             self._progress.remove_task(self._tasks.pop(key))
+
+    def _note(self, text: str) -> None:
+        self.stop()
+        self._console.print(f"\nnote: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def stop(self) -> None:
         """Leave the terminal clean."""

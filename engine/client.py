@@ -71,6 +71,7 @@ class EngineClient:
         try:
             address = self._child.address(START_SECONDS)
         except WorkerLost:
+            self._child.end(0)
             self._close_sockets()
             raise
         socket = connect(

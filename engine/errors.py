@@ -38,9 +38,11 @@ class WorkerLost(EngineError):  # noqa: N818
 
     Attributes:
         device: whose runner it was, where that is known.
+        link: two devices that live and cannot reach each other, where that is what was lost.
     """
 
     device: str | None = None
+    link: tuple[str, str] | None = None
 
 
 class CacheFull(EngineError):  # noqa: N818

@@ -86,7 +86,8 @@ class Session:
         """
         if options.num_threads is not None and not 1 <= options.num_threads <= 1024:
             raise ConfigError(f"--threads {options.num_threads} is not between 1 and 1024")
-        self._on_event = on_event or _ignore
+        self._listener = on_event or _ignore
+        self.memory: dict[str, api.DeviceMemory] = {}
         self.client = EngineClient()
         try:
             self.model = self._open(options)
@@ -122,20 +123,11 @@ class Session:
 
     def listen(self, on_event: Callable[[Message], None]) -> None:
         """Replace the listener."""
-        self._on_event = on_event
+        self._listener = on_event
 
     def apply(self, plan: Plan) -> None:
-        """Put another plan in force."""
-        applied: list[api.PlanApplied] = []
-
-        def on_event(event: Event) -> None:
-            if isinstance(event.message, api.PlanApplied):
-                applied.append(event.message)
-            self._on_event(event.message)
-
-        self._run(api.ApplyPlan(request_id=self._id(), plan=plan), on_event)
-        self.plan = plan
-        self.memory = {need.device: need for need in applied[-1].memory}
+        """Put another plan in force; `plan` and `memory` follow it, and any that replaces it."""
+        self._run(api.ApplyPlan(request_id=self._id(), plan=plan))
 
     def generate(
         self,
@@ -241,6 +233,12 @@ class Session:
     def close(self) -> None:
         """End the host and everything it started."""
         self.client.close()
+
+    def _on_event(self, message: Message) -> None:
+        if isinstance(message, api.PlanApplied):
+            self.plan = message.plan
+            self.memory = {need.device: need for need in message.memory}
+        self._listener(message)
 
     def _id(self) -> int:
         return self.client.next_request_id()

@@ -213,9 +213,10 @@ def save_tiny_gguf(
     has_separate_experts: bool = False,
     has_fused_experts: bool = False,
     max_tensors_per_part: int = 0,
+    kind: gguf.GGMLQuantizationType | None = None,
     change: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """Write the text decoder of a model as a float32 GGUF file, as the converter does.
+    """Write the text decoder of a model as a GGUF file, as the converter does.
 
     Args:
         oracle: with the settings of `tiny_families.GGUF_CHANGES`, where the family has any.
@@ -223,6 +224,7 @@ def save_tiny_gguf(
         has_separate_experts: one tensor per expert, as older files have.
         has_fused_experts: gate and up of all experts in one tensor, as newer files may have.
         max_tensors_per_part: 0 for one file.
+        kind: of the matrices; None for float32.
         change: writes more keys; a `layer_types` of one kind only is left out for it.
     Returns: the file, or the first of its parts.
     """
@@ -237,7 +239,10 @@ def save_tiny_gguf(
         oracle, has_separate_experts=has_separate_experts, has_fused_experts=has_fused_experts
     )
     for name, values in arrays.items():
-        writer.add_tensor(name, values)
+        if kind is None or values.ndim < 2:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -192,10 +192,10 @@ class Worker:
             self._send(self._reception.answer(message, self._activity(), now), route)
         elif isinstance(message, m.Hello):
             self._hello(message, key, route, now)
+        elif isinstance(message, m.Probe):
+            self._send(m.ProbeAnswer(number=message.number), route)
         elif isinstance(message, m.Enroll):
             self._send(m.Enrolled(), route)  # Its first answer was lost; it is let in already.
-        elif isinstance(message, m.Ping):
-            self._send(m.Pong(number=message.number), route)
         elif self._lease.is_held_by(key, route):
             self._serve(message)
         else:

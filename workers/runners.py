@@ -153,13 +153,14 @@ class Runners:
         except WorkerLost as error:
             self._exited(launch, child.pid, str(error))
             return
-        control, exchange = address.endpoints
+        control, exchange, *rendezvous = address.endpoints
         started = m.RunnerStarted(
             device=launch.device,
             pid=child.pid,
             control_endpoint=control,
             exchange_endpoint=exchange,
             public_key=address.public_key.encode("ascii"),
+            rendezvous=rendezvous[0] if rendezvous else "",
         )
         self._put(RunnerEvent(launch.number, started))
 

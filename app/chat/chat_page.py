@@ -21,6 +21,8 @@ from app.chat.conversation import Conversation
 from app.chat.conversation_view import ConversationView
 from app.chat.parameters_panel import ParametersPanel
 from app.chat.progress_card import REMEDIES, ProgressCard
+from app.cluster.offer_bar import OfferBar
+from app.cluster.presenter import ClusterPresenter
 from app.figures import figure_count
 from app.look import Look
 from app.monitor.history import History
@@ -42,10 +44,11 @@ class ChatPage(QWidget):
         session: Session,
         conversation: Conversation,
         history: History,
+        cluster: ClusterPresenter,
         look: Look,
         parent: QWidget | None = None,
     ) -> None:
-        """Follows the session and the conversation."""
+        """Follows the session, the conversation and the nodes on offer."""
         super().__init__(parent)
         mark_page(self, "chatPage")
         self._session = session
@@ -79,6 +82,7 @@ class ChatPage(QWidget):
         self._strip = make_card("applyStrip", "bar")
         self._strip_text = make_label("", "applyStripText", "small")
         self._strip_bar = QProgressBar()
+        self._offer = OfferBar(cluster, "chat")
         self._stack = QStackedWidget()
         self._build()
         self._connect()
@@ -162,6 +166,7 @@ class ChatPage(QWidget):
         below.setSpacing(6)
         below.addWidget(self._banner)
         below.addWidget(self._strip)
+        below.addWidget(self._offer)
         below.addWidget(self.composer)
         hint = make_label("Enter sends · Shift+Enter new line · Esc stops", "composerHint", "small")
         hint.setAlignment(Qt.AlignmentFlag.AlignHCenter)
@@ -223,7 +228,7 @@ class ChatPage(QWidget):
 
     def _show_strip(self) -> None:
         session = self._session
-        is_moving = session.stage in (Stage.LOADING, Stage.OPENING)
+        is_moving = session.stage in (Stage.LOADING, Stage.OPENING, Stage.RECOVERING)
         progress = overall(session.progress) if is_moving else self._conversation.reading
         is_wanted = is_moving or progress is not None
         self._strip.setVisible(is_wanted and bool(self._conversation.messages))
@@ -231,7 +236,9 @@ class ChatPage(QWidget):
         self._strip_bar.setRange(0, end)
         self._strip_bar.setValue(value)
         if progress is None:
-            self._strip_text.setText("Applying the split")
+            is_mending = session.stage is Stage.RECOVERING
+            text = "Working around a lost device" if is_mending else "Applying the split"
+            self._strip_text.setText(text)
         else:
             self._strip_text.setText(self._apply_text.describe(progress, time.monotonic()))
 

@@ -12,6 +12,7 @@ from PySide6.QtCore import QObject, Signal
 
 from app.figures import UNKNOWN, figure, figure_percent, figure_seconds, plural
 from app.plan_facts import row_weights, weight_share
+from app.plan_in_force import went_on_text
 from app.session import Session
 from engine.cluster.messages import Message as EngineMessage
 from engine.host.messages import (
@@ -61,6 +62,21 @@ class DeviceShare:
     fraction: float
 
 
+@dataclass(slots=True)
+class Pause:
+    """An answer waits, because a device that computed it was lost.
+
+    Attributes:
+        reason: what was lost, in words.
+        started_s: on the clock of the session.
+        lost: devices that no longer compute; None until another plan is in force.
+    """
+
+    reason: str
+    started_s: float
+    lost: list[str] | None = None
+
+
 @dataclass(slots=True, kw_only=True)
 class ChatMessage:
     """One message; answers change while they stream.
@@ -70,6 +86,8 @@ class ChatMessage:
             "done", "stopped" (by the reader), "failed".
         read_tokens, prompt_tokens: progress of reading the prompt; 0 of 0 where unknown.
         is_left_out: no longer sent, because the context is full.
+        pause: while the answer waits for a lost device to be worked around; None otherwise.
+        notes: what happened to it on the way.
     """
 
     role: str
@@ -82,6 +100,8 @@ class ChatMessage:
     finished: Finished | None = None
     shares: list[DeviceShare] = field(default_factory=list)
     is_left_out: bool = False
+    pause: Pause | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_open(self) -> bool:
@@ -117,7 +137,9 @@ class Conversation(QObject):
         self._model_path: str | None = None
         session.model_changed.connect(self._on_model_changed)
         session.stage_changed.connect(self.state_changed)
-        session.plan_changed.connect(self.state_changed)
+        session.plan_changed.connect(self._on_plan_changed)
+        session.plan_interrupted.connect(self._on_plan_interrupted)
+        session.plan_recovered.connect(self._on_plan_recovered)
 
     @property
     def is_answering(self) -> bool:
@@ -183,6 +205,16 @@ class Conversation(QObject):
             case _:
                 return self._finished_text(message)
 
+    def pause_text(self, message: ChatMessage) -> str:
+        """Why an answer waits and what happens next; empty where it does not wait."""
+        pause = message.pause
+        if pause is None:
+            return ""
+        if pause.lost is None:
+            reason = pause.reason.rstrip(". ")
+            return f"{reason}. The other devices take over, then the answer goes on."
+        return "The other devices have taken over and read the conversation again."
+
     def turns(self) -> tuple[ChatTurn, ...]:
         """What a request would send: the system prompt, then the messages that still fit."""
         turns: list[ChatTurn] = []
@@ -199,7 +231,9 @@ class Conversation(QObject):
     def reading(self) -> Progress | None:
         """How far the prompt of the answer under way is read; None while nothing is read."""
         message = self.messages[self._answer] if self.is_answering else None
-        if message is None or message.state != "reading" or not message.prompt_tokens:
+        if message is None or not message.prompt_tokens:
+            return None
+        if message.state != "reading" and message.pause is None:
             return None
         return Progress(
             request_id=self._request_id,
@@ -216,6 +250,39 @@ class Conversation(QObject):
         if self._model_path is not None and path != self._model_path:
             self.new_chat()
         self._model_path = path
+
+    def _on_plan_changed(self) -> None:
+        """Speeds were those of another split, or of the same one before it broke."""
+        self.ttft_s = self.decode_tps = None
+        self.state_changed.emit()
+
+    def _on_plan_interrupted(self) -> None:
+        interruption = self._session.in_force.interruption
+        if not self.is_answering or interruption is None:
+            return
+        message = self.messages[self._answer]
+        message.pause = Pause(interruption.message, interruption.started_s)
+        message.read_tokens = message.prompt_tokens = 0
+        self.message_changed.emit(self._answer)
+
+    def _on_plan_recovered(self, lost: list[str]) -> None:
+        if not self.is_answering:
+            return
+        message = self.messages[self._answer]
+        if message.pause is not None:
+            message.pause.lost = lost
+            self.message_changed.emit(self._answer)
+
+    def _end_pause(self, message: ChatMessage) -> None:
+        """The answer goes on, after the other plan came into force."""
+        pause = message.pause
+        if pause is None or pause.lost is None:
+            return
+        seconds = self._session.clock() - pause.started_s
+        words = went_on_text(pause.lost, self._session.device_label, seconds)
+        message.notes.append(f"The answer {words}.")
+        message.pause = None
+        self.message_changed.emit(self._answer)
 
     def _ask(self) -> None:
         self._leave_out_oldest()
@@ -261,11 +328,14 @@ class Conversation(QObject):
         index = self._answer
         message = self.messages[index]
         match event:
+            case Progress() if event.phase != "prefill":
+                pass
             case Progress():
                 message.state = "reading" if not message.text else message.state
                 message.read_tokens, message.prompt_tokens = event.done, event.total
                 self.message_changed.emit(index)
             case TokensGenerated():
+                self._end_pause(message)
                 message.state = "writing"
                 message.num_tokens += len(event.token_ids)
                 message.text += event.text
@@ -281,6 +351,7 @@ class Conversation(QObject):
 
     def _finish(self, message: ChatMessage, finished: Finished) -> None:
         index = self._answer
+        self._end_pause(message)
         if finished.text.startswith(message.text) and len(finished.text) > len(message.text):
             missing = finished.text[len(message.text) :]
             message.text = finished.text
@@ -296,6 +367,7 @@ class Conversation(QObject):
         self._close(index)
 
     def _close(self, index: int) -> None:
+        self.messages[index].pause = None
         self._answer = -1
         self.message_changed.emit(index)
         self.state_changed.emit()

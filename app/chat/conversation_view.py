@@ -69,6 +69,7 @@ class ConversationView(QTextBrowser):
         self._written_code: str | None = None
         self._shown = -1
         self._has_text = False
+        self._announced_pause = ""
         self._is_following = True
         self._is_scrolling_itself = False
         self._flush_timer = QTimer(self)
@@ -201,7 +202,9 @@ class ConversationView(QTextBrowser):
         if not message.is_open:
             self._closed += self._splitter.finish()
         self._write_closed()
-        code = self._splitter.open_code if message.is_open else None
+        # Under code that is still open there is no room for a word about a pause.
+        is_flowing = message.is_open and message.pause is None
+        code = self._splitter.open_code if is_flowing else None
         if code is not None:
             self._write_open_code(code.language, code.text)
             return
@@ -226,6 +229,11 @@ class ConversationView(QTextBrowser):
     def _write_facts(self, message: ChatMessage, is_latest: bool) -> None:
         writer = self._writer
         small = writer.text_format("text_muted", step=-1)
+        pause = self._conversation.pause_text(message)
+        if pause:
+            writer.start_block(top=8, bottom=2)
+            writer.insert("Paused. ", writer.text_format("warning", bold=True))
+            writer.insert(pause, writer.text_format("text_muted"))
         if message.error:
             writer.start_block(top=8, bottom=2)
             writer.insert("The answer ended early. ", writer.text_format("bad", bold=True))
@@ -236,6 +244,9 @@ class ConversationView(QTextBrowser):
                     writer.insert_link("Load again", "action:load-again")
                     writer.insert("   ", small)
                 writer.insert_link("Ask again", "action:regenerate")
+        for note in message.notes:
+            writer.start_block(top=4, bottom=0)
+            writer.insert(note, small)
         facts = self._conversation.facts(message)
         if facts:
             writer.start_block(top=4, bottom=0)
@@ -271,9 +282,14 @@ class ConversationView(QTextBrowser):
             self._flush_soon()
 
     def _on_message_changed(self, index: int) -> None:
+        message = self._conversation.messages[index]
+        pause = message.pause.reason if message.pause is not None else ""
+        if pause and pause != self._announced_pause:
+            self._announce(self._conversation.pause_text(message))
+        self._announced_pause = pause
         if index != self._shown:
             self.show_all()
-        elif self._conversation.messages[index].is_open:
+        elif message.is_open:
             self._flush_soon()
         else:
             self.flush()

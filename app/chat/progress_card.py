@@ -75,15 +75,21 @@ class ProgressCard(QWidget):
                 f"{session.model.name} is ready. It runs on your own computers only."
             )
             return
-        self._title.setText(_STAGE_TITLES[session.stage])
+        title = _STAGE_TITLES[session.stage]
+        self._title.setText(title)
         progress = overall(session.progress)
         end, value = bar_range(progress)
         self._bar.setRange(0, end)
         self._bar.setValue(value)
-        if progress is None:
-            self._line.setText(_STAGE_LINES[session.stage])
+        interruption = session.in_force.interruption
+        if progress is not None:
+            text = self._text.describe(progress, time.monotonic())
+            # What the title says already is not said twice.
+            self._line.setText(text.removeprefix(title).strip())
+        elif interruption is not None:
+            self._line.setText(interruption.message)
         else:
-            self._line.setText(self._text.describe(progress, time.monotonic()))
+            self._line.setText(_STAGE_LINES[session.stage])
 
     def _build(self) -> None:
         self._title.setAlignment(Qt.AlignmentFlag.AlignCenter)
@@ -121,6 +127,7 @@ _STAGE_TITLES = {
     Stage.OPENING: "Opening the model",
     Stage.LOADING: "Loading weights",
     Stage.READY: "Ready",
+    Stage.RECOVERING: "Working around a lost device",
     Stage.STOPPED: "Stopped",
 }
 _STAGE_LINES = {
@@ -128,5 +135,6 @@ _STAGE_LINES = {
     Stage.OPENING: "Reading what the file says about the model.",
     Stage.LOADING: "The computing process starts.",
     Stage.READY: "",
+    Stage.RECOVERING: "The other devices take over.",
     Stage.STOPPED: "",
 }

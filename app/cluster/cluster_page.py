@@ -1,63 +1,89 @@
-"""The Cluster page: every node with its processes, and ways to get more nodes."""
+"""The Cluster page: every node with its processes, what is known of one, ways to get more."""
 
 from __future__ import annotations
 
-from PySide6.QtCore import QModelIndex
+from PySide6.QtCore import QItemSelectionModel, QModelIndex, Qt
 from PySide6.QtGui import QResizeEvent
-from PySide6.QtWidgets import QHBoxLayout, QHeaderView, QLineEdit, QTreeView, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QHBoxLayout, QHeaderView, QTreeView, QVBoxLayout, QWidget
 
+from app.cluster.add_node_form import AddNodeForm
+from app.cluster.node_detail import NodeDetail
 from app.cluster.node_model import NodeModel
 from app.cluster.node_rows import COLUMNS, summary
+from app.cluster.offer_bar import OfferBar
+from app.cluster.pairing_card import PairingCard
+from app.cluster.presenter import ClusterPresenter
 from app.look import Look
 from app.session import Session
-from app.widgets.making import make_button, make_card, make_label, mark_page
+from app.stages import Stage
+from app.widgets.making import make_button, make_label, mark_page
 
-NARROW_PX = 900
-_WIDE_WIDTHS = (290, 250, 70, 160, 96, 96, 76)
+NARROW_PX = 960
+MIN_TREE_PX = 120
+_WIDE_WIDTHS = (250, 250, 64, 170, 96, 96, 68)
 _NETWORK_COLUMNS = (4, 5)
 
 
 class ClusterPage(QWidget):
     """Who is there, and how each one is."""
 
-    def __init__(self, session: Session, look: Look, parent: QWidget | None = None) -> None:
-        """Follows the session's nodes."""
+    def __init__(
+        self,
+        presenter: ClusterPresenter,
+        session: Session,
+        look: Look,
+        parent: QWidget | None = None,
+    ) -> None:
+        """Follows the session's nodes and the presenter."""
         super().__init__(parent)
         mark_page(self, "clusterPage")
+        self._presenter = presenter
         self._session = session
         self._look = look
         self._summary = make_label("", "clusterSummary", "muted")
         self._simulate_button = make_button(
             "Simulate two more nodes",
             "simulateButton",
-            "Start two more nodes on this computer, to try a split without a second one",
+            "A simulated node is a worker of its own on this computer: it shows how a split "
+            "works, not that it is faster",
         )
         self._add_button = make_button(
             "Add node…", "addNodeButton", "Connect to a worker on another computer", kind="primary"
         )
         self._add_button.setCheckable(True)
-        self._form = make_card("addNodeForm", "bar")
-        self._token = QLineEdit()
-        self._connect_button = make_button("Connect", "connectButton", kind="primary")
+        self.form = AddNodeForm(presenter)
+        self.offer = OfferBar(presenter, "cluster")
+        self.pairing = PairingCard(presenter)
+        self.detail = NodeDetail(presenter, look)
         self._trouble = make_label("", "clusterTrouble", "bad", wraps=True)
         self.tree = QTreeView()
         self.model = NodeModel(session, look, self)
+        self._is_following = False
         self._build()
-        self._simulate_button.clicked.connect(self._on_simulate_clicked)
+        self._simulate_button.clicked.connect(presenter.simulate)
         self._add_button.toggled.connect(self._on_add_toggled)
-        self._connect_button.clicked.connect(self._on_connect_clicked)
-        self._token.returnPressed.connect(self._on_connect_clicked)
-        self._token.textChanged.connect(self._on_token_changed)
         self.model.rowsInserted.connect(self._on_rows_inserted)
+        self.tree.selectionModel().currentChanged.connect(self._on_current_changed)
+        self.tree.activated.connect(self._on_activated)
         session.nodes_changed.connect(self.refresh)
-        session.call_failed.connect(self._on_call_failed)
+        session.stage_changed.connect(self.refresh)
+        presenter.changed.connect(self.refresh)
         look.theme_changed.connect(self._on_theme_changed)
         self._on_theme_changed()
         self.refresh()
 
     def refresh(self) -> None:
-        """Follow the number of nodes."""
-        self._summary.setText(summary(self._session.nodes))
+        """Follow the number of nodes and the selection."""
+        session, presenter = self._session, self._presenter
+        is_stopped = session.stage is Stage.STOPPED and session.last_plan is not None
+        self._summary.setText(summary(session.nodes, is_stopped))
+        self._trouble.setText(presenter.trouble)
+        self._trouble.setVisible(bool(presenter.trouble))
+        self._follow_selection()
+
+    def tick(self) -> None:
+        """Show the time that is left for pairing."""
+        self.pairing.tick()
 
     def _build(self) -> None:
         head = QHBoxLayout()
@@ -67,26 +93,7 @@ class ClusterPage(QWidget):
         head.addStretch(1)
         head.addWidget(self._simulate_button)
         head.addWidget(self._add_button)
-        self._token.setObjectName("tokenEdit")
-        self._token.setAccessibleName("Join token of the other computer")
-        self._token.setPlaceholderText("Join token")
-        form = QVBoxLayout(self._form)
-        form.setContentsMargins(12, 10, 12, 10)
-        form.addWidget(
-            make_label(
-                "On the other computer run:  shardmix-worker run. It prints a join token. "
-                "Paste it here.",
-                "addNodeHelp",
-                "muted",
-                wraps=True,
-            )
-        )
-        row = QHBoxLayout()
-        row.addWidget(self._token, 1)
-        row.addWidget(self._connect_button)
-        form.addLayout(row)
-        self._form.hide()
-        self._trouble.hide()
+        self.form.hide()
         tree = self.tree
         tree.setObjectName("nodeTree")
         tree.setAccessibleName("Nodes, their devices and processes")
@@ -95,7 +102,8 @@ class ClusterPage(QWidget):
         tree.setAllColumnsShowFocus(True)
         tree.setRootIsDecorated(True)
         tree.setIndentation(22)
-        tree.setTextElideMode(tree.textElideMode())
+        tree.setMinimumHeight(MIN_TREE_PX)
+        tree.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         header = tree.header()
         header.setStretchLastSection(False)
         header.setSectionsMovable(False)
@@ -107,42 +115,36 @@ class ClusterPage(QWidget):
         layout.setContentsMargins(20, 14, 20, 14)
         layout.setSpacing(10)
         layout.addLayout(head)
-        layout.addWidget(self._form)
+        layout.addWidget(self.form)
         layout.addWidget(self._trouble)
+        layout.addWidget(self.offer)
+        layout.addWidget(self.pairing)
         layout.addWidget(tree, 1)
-        layout.addWidget(
-            make_label(
-                "A simulated node is a worker of its own on this computer: it shows how a split "
-                "works, not that it is faster.",
-                "clusterHint",
-                "small",
-                wraps=True,
-            )
-        )
+        layout.addWidget(self.detail)
 
-    def _on_simulate_clicked(self) -> None:
-        self._trouble.hide()
-        self._session.add_simulated_nodes(self._session.num_simulated_nodes + 2)
+    def _follow_selection(self) -> None:
+        """Mark the presenter's node in the list, unless something inside it is marked."""
+        selected = self._presenter.selected
+        if self.model.node_name(self.tree.currentIndex()) == selected:
+            return
+        self._is_following = True
+        flags = QItemSelectionModel.SelectionFlag
+        self.tree.selectionModel().setCurrentIndex(
+            self.model.index_of(selected), flags.ClearAndSelect | flags.Rows
+        )
+        self._is_following = False
+
+    def _on_current_changed(self, current: QModelIndex) -> None:
+        if not self._is_following and current.isValid():
+            self._presenter.select(self.model.node_name(current))
+
+    def _on_activated(self) -> None:
+        self.detail.focus_first_action()
 
     def _on_add_toggled(self, is_open: bool) -> None:
-        self._form.setVisible(is_open)
+        self.form.setVisible(is_open)
         if is_open:
-            self._on_token_changed()
-            self._token.setFocus()
-
-    def _on_token_changed(self) -> None:
-        self._connect_button.setEnabled(bool(self._token.text().strip()))
-
-    def _on_connect_clicked(self) -> None:
-        token = self._token.text().strip()
-        if token:
-            self._trouble.hide()
-            self._session.add_node(token)
-            self._token.clear()
-
-    def _on_call_failed(self, message: str) -> None:
-        self._trouble.setText(message)
-        self._trouble.show()
+            self.form.edit.setFocus()
 
     def _on_rows_inserted(self, parent: QModelIndex) -> None:
         # A node comes open: its processes are what the page is for.

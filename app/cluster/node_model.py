@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from PySide6.QtCore import QAbstractItemModel, QModelIndex, QObject, QPersistentModelIndex, Qt
 
-from app.cluster.node_rows import COLUMNS, TIPS, Row, node_rows
+from app.cluster.node_rows import COLUMNS, TIPS, InUse, Row, node_rows
 from app.look import Look
 from app.plan_facts import part_text
 from app.session import Session
 from app.widgets.swatch import swatch_pixmap
+from engine.host.messages import Progress
 
 Index = QModelIndex | QPersistentModelIndex
 NUMBER_COLUMNS = (2, 3, 4, 5, 6)
@@ -19,21 +23,34 @@ NUMBER_COLUMNS = (2, 3, 4, 5, 6)
 class NodeModel(QAbstractItemModel):
     """Two levels: nodes, then their devices and processes."""
 
-    def __init__(self, session: Session, look: Look, parent: QObject | None = None) -> None:
-        """Follows the session's nodes."""
+    def __init__(
+        self,
+        session: Session,
+        look: Look,
+        parent: QObject | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Follows the session's nodes.
+
+        Args:
+            clock: seconds since the epoch.
+        """
         super().__init__(parent)
+        self._clock = clock
+        self._in_use = InUse(part_of=self._part_of, progress_of=self._progress_of)
         self._session = session
         self._look = look
         self._rows: list[Row] = []
         # Qt keeps only a number with an index: the place of the parent plus one, 0 at the top.
         session.nodes_changed.connect(self.refresh)
         session.plan_changed.connect(self.refresh)
+        session.progress_changed.connect(self.refresh)
         look.theme_changed.connect(self._on_theme_changed)
         self.refresh()
 
     def refresh(self) -> None:
         """Take the nodes as they are now."""
-        new = node_rows(self._session.nodes, self._part_of)
+        new = node_rows(self._session.nodes, self._in_use, self._clock())
         self._merge(QModelIndex(), self._rows, new)
         for place, row in enumerate(new):
             self._merge(self.index(place, 0), self._rows[place].children, row.children)
@@ -57,13 +74,13 @@ class NodeModel(QAbstractItemModel):
                 del old[known]
                 self.endRemoveRows()
             self.beginInsertRows(parent, place, place)
-            old.insert(place, Row(row.key, row.texts, row.icon, row.device, row.role, row.tip))
+            old.insert(place, replace(row, children=[]))
             self.endInsertRows()
 
     def _update(self, parent: QModelIndex, place: int, old: Row, new: Row) -> None:
-        if (old.texts, old.role, old.tip) == (new.texts, new.role, new.tip):
+        if replace(new, children=old.children) == old:
             return
-        old.texts, old.role, old.tip = new.texts, new.role, new.tip
+        old.texts, old.role, old.tip, old.state = new.texts, new.role, new.tip, new.state
         first = self.index(place, 0, parent)
         self.dataChanged.emit(first, self.index(place, len(COLUMNS) - 1, parent))
 
@@ -72,6 +89,23 @@ class NodeModel(QAbstractItemModel):
         if plan is None or device not in plan.devices:
             return ""
         return part_text(plan, plan.devices.index(device))
+
+    def _progress_of(self, device: str) -> Progress | None:
+        return self._session.progress.get(device)
+
+    def node_name(self, index: Index) -> str:
+        """The node that a row is, or is part of; "" for none."""
+        if not index.isValid():
+            return ""
+        place = index.row() if index.internalId() == 0 else index.internalId() - 1
+        return self._rows[place].key
+
+    def index_of(self, name: str) -> QModelIndex:
+        """The row of a node; invalid where it is not listed."""
+        for place, row in enumerate(self._rows):
+            if row.key == name:
+                return self.index(place, 0)
+        return QModelIndex()
 
     def _on_theme_changed(self) -> None:
         self.layoutChanged.emit()
@@ -123,6 +157,8 @@ class NodeModel(QAbstractItemModel):
                 return row.tip if column == 0 and row.tip else row.texts[column] or None
             case Qt.ItemDataRole.DecorationRole if column == 0:
                 return self._decoration(row)
+            case Qt.ItemDataRole.DecorationRole if column == 1 and row.state:
+                return self._look.icon(f"state {row.state}", row.role, row.role)
             case _:
                 return None
 

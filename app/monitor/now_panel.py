@@ -64,6 +64,11 @@ class DeviceLine(QWidget):
             "as the device measured it"
         )
 
+    def show_gone(self, state: str) -> None:
+        """It does nothing, because its node is stale or lost."""
+        self._use.setText(state)
+        self._use.setToolTip("The Cluster page says why")
+
 
 class NowPanel(QFrame):
     """Speed and devices, for the eye's corner while chatting."""
@@ -126,6 +131,9 @@ class NowPanel(QFrame):
             total = totals.get(line.device)
             fractions = None if total is None else (total.compute, total.wait, total.network)
             line.show_time(self._session.device_index(line.device), fractions)
+            state = self._session.device_state(line.device)
+            if state in ("stale", "lost"):
+                line.show_gone(state)
 
     def _on_plan_changed(self) -> None:
         plan = self._session.plan

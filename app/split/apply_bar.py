@@ -8,7 +8,6 @@ from app.figures import figure_bytes, plural
 from app.progress import bar_range
 from app.session import Session
 from app.split.presenter import SplitPresenter
-from app.stages import Stage
 from app.widgets.making import keep_width, make_button, make_label
 from engine.host.messages import Progress
 
@@ -37,7 +36,8 @@ class DeviceProgress(QWidget):
             amount = f"{figure_bytes(progress.done)} of {figure_bytes(progress.total)}"
             self._label.setText(f"{name}  {amount}")
         else:
-            self._label.setText(f"Starting processes  {progress.done} of {progress.total}")
+            words = "Connecting" if progress.phase == "connect" else "Starting processes"
+            self._label.setText(f"{words}  {progress.done} of {progress.total}")
         end, value = bar_range(progress)
         self._bar.setRange(0, end)
         self._bar.setValue(value)
@@ -93,14 +93,18 @@ class ApplyBar(QFrame):
     def refresh(self) -> None:
         """Show what there is to apply, or how far applying is."""
         presenter, session = self._presenter, self._session
-        is_applying = session.stage is Stage.LOADING
+        is_applying = session.is_applying
         changes = presenter.changes()
         trouble = session.trouble
         self.setVisible(presenter.draft is not None and (is_applying or bool(changes)))
         self._show_progress()
         self.revert_button.setVisible(not is_applying and presenter.running is not None)
         self.apply_button.setEnabled(presenter.can_apply)
-        if is_applying:
+        interruption = session.in_force.interruption
+        if interruption is not None:
+            self._title.setText("Working around a lost device")
+            self._list.setText(interruption.message)
+        elif is_applying:
             self._title.setText("Applying the split")
             self._list.setText("")
         elif presenter.running is None:
@@ -116,7 +120,7 @@ class ApplyBar(QFrame):
         self._list.setVisible(bool(self._list.text()))
 
     def _show_progress(self) -> None:
-        is_applying = self._session.stage is Stage.LOADING
+        is_applying = self._session.is_applying
         progress = list(self._session.progress.items()) if is_applying else []
         while len(self._devices) > len(progress):
             line = self._devices.pop()

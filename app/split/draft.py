@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
+import msgspec
+
 from app.figures import DASH, layers_text
 from app.plan_facts import weight_share
 from engine.plan.plan import Plan, PlanShape
-from engine.plan.presets import set_share, with_devices, with_rows
+from engine.plan.presets import pipeline, set_share, with_devices, with_rows
 
 UNIT_WORDS = {"attention": "heads", "mlp": "MLP blocks", "head": "vocabulary blocks"}
 SPREAD_TOLERANCE = 0.1
@@ -175,6 +177,31 @@ def set_share_keeping(
     return wanted
 
 
+def with_fair_shares(plan: Plan, new: Sequence[str], columns: Sequence[str]) -> Plan:
+    """The plan with an equal part for each of some devices that had none.
+
+    The others give in proportion to what they have; where whole layers lie on devices, they still
+    do afterwards.
+
+    Args:
+        new: devices without a share.
+        columns: all devices of the result, in order.
+    """
+    used = {plan.devices[column] for column in plan.used_devices()}
+    taking = [device for device in columns if device in used or device in new]
+    is_layered = len(used) > 1 and all(sum(map(bool, row)) == 1 for row in plan.cells)
+    if is_layered:
+        shares = pipeline(plan.shape, taking)
+        shares = msgspec.structs.replace(plan, devices=shares.devices, cells=shares.cells)
+        return with_devices(shares, columns)
+    plan = with_devices(plan, columns)
+    rows = range(plan.shape.num_rows)
+    for count, device in enumerate(new, start=len(used) + 1):
+        column = plan.devices.index(device)
+        plan = set_share(plan, rows, column, 1 / count, (), snap_to_kv_heads=True)
+    return plan
+
+
 def same_columns(plan: Plan, devices: Sequence[str]) -> Plan:
     """The plan with these columns; every device with a share must be among them."""
     return plan if plan.devices == tuple(devices) else with_devices(plan, devices)
@@ -217,7 +244,14 @@ def changes(running: Plan | None, draft: Plan, label: Callable[[str], str]) -> l
             found.append(Change(layers_text(layers), _after_text(draft, rows, label)))
     if shape.head_row in changed:
         found.append(Change("output head", _after_text(draft, (shape.head_row,), label)))
+    if talks_otherwise(running, draft):
+        found.append(Change("between the devices", _talk_text(draft)))
     return found
+
+
+def talks_otherwise(running: Plan | None, draft: Plan) -> bool:
+    """Whether devices would talk to each other in another way than now."""
+    return running is not None and _talk_text(running) != _talk_text(draft)
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int] | None:
@@ -245,6 +279,11 @@ def is_uniform(plan: Plan, rows: Collection[int]) -> bool:
 def _rounding(plan: Plan, row: int) -> int:
     """By how many quanta two ways of snapping may differ."""
     return plan.shape.heads_per_kv if plan.shape.row_kind(row) == "attention" else 1
+
+
+def _talk_text(plan: Plan) -> str:
+    prompts = f", prompts in {plan.prompt_wire}" if plan.prompt_wire else ""
+    return f"{plan.wire}{prompts}, over {plan.transport}"
 
 
 def _after_text(plan: Plan, rows: Sequence[int], label: Callable[[str], str]) -> str:

@@ -78,7 +78,8 @@ class Fader(QWidget):
         name = self._session.device_label(device)
         is_locked = device in self._presenter.locked
         self._swatch.show_device(index)
-        self._name.setText(name if self._presenter.is_available(device) else f"{name} (lost)")
+        state = self._session.device_state(device)
+        self._name.setText(name if self._presenter.is_available(device) else f"{name} ({state})")
         self._lock.setChecked(is_locked)
         self._lock.setIcon(self._look.icon("lock" if is_locked else "unlock"))
         self._lock.setAccessibleName(f"Keep the share of {name}")

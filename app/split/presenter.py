@@ -6,12 +6,14 @@ In: what a person does, and the session's model, nodes and plan. Out: signals fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from PySide6.QtCore import QObject, Signal
 from PySide6.QtGui import QUndoStack
 
-from app.plan_facts import row_weights, weight_share
-from app.session import Session, without_idle_devices
+from app.plan_facts import row_weights, weight_share, without_idle_devices
+from app.session import Session
 from app.split.draft import (
     Change,
     Part,
@@ -24,7 +26,9 @@ from app.split.draft import (
     same_columns,
     set_share_keeping,
     share_fact,
+    talks_otherwise,
     tenths_of_percent,
+    with_fair_shares,
 )
 from app.split.undo import DraftCommand, DraftState
 from engine.errors import PlanError
@@ -84,7 +88,9 @@ class SplitPresenter(QObject):
     @property
     def has_changes(self) -> bool:
         """Whether Apply would do anything."""
-        return bool(self.changed_rows)
+        if self.draft is None:
+            return False
+        return bool(self.changed_rows) or talks_otherwise(self.running, self.draft)
 
     @property
     def can_apply(self) -> bool:
@@ -233,6 +239,17 @@ class SplitPresenter(QObject):
         text = f"{'add' if takes_part else 'leave out'} {label}"
         self.locked.discard(device)
         self._push(DraftState(with_devices(self.draft, columns), left_out), text)
+
+    def add_devices(self, devices: Sequence[str]) -> None:
+        """Give devices that compute nothing in the draft an equal part of it."""
+        new = [device for device in devices if self._has_no_share(device)]
+        if self.draft is None or not new:
+            return
+        columns = sorted({*self.draft.devices, *new}, key=self._session.device_index)
+        names = ", ".join(self._session.device_label(device) for device in new)
+        plan = with_fair_shares(self.draft, new, columns)
+        self._forget_hand()
+        self._push(DraftState(plan, self._left_out - set(new)), f"add {names}")
 
     def use_even(self) -> None:
         """Cut every row evenly."""

@@ -62,12 +62,14 @@ class SplitPage(QWidget):
         )
         self._undo_button = make_button("", "undoButton", "Undo (Ctrl+Z)", kind="quiet")
         self._redo_button = make_button("", "redoButton", "Redo (Ctrl+Y)", kind="quiet")
+        self._detour = make_label("", "splitDetour", "small", wraps=True)
         self._presets: list[QPushButton] = []
         self._side = QStackedWidget()
         self._build()
         self._connect()
         self._on_theme_changed()
         self._show_chips()
+        self._show_detour()
 
     def show_layers(self) -> None:
         """Unfold the rows of the layers."""
@@ -158,6 +160,7 @@ class SplitPage(QWidget):
         layout.setContentsMargins(20, 14, 20, 12)
         layout.setSpacing(10)
         layout.addLayout(head)
+        layout.addWidget(self._detour)
         layout.addLayout(chips)
         layout.addLayout(middle, 1)
         layout.addWidget(self.apply_bar)
@@ -182,7 +185,16 @@ class SplitPage(QWidget):
         self._simulate_button.clicked.connect(self._on_simulate_clicked)
         presenter.devices_changed.connect(self._show_chips)
         presenter.draft_changed.connect(self._show_chips)
+        self._session.plan_changed.connect(self._show_detour)
         self._look.theme_changed.connect(self._on_theme_changed)
+
+    def _show_detour(self) -> None:
+        """Why the running split is not the one that was applied."""
+        detour = self._session.in_force.detour
+        self._detour.setVisible(detour is not None)
+        if detour is not None:
+            words = f"{detour.words[:1].upper()}{detour.words[1:]}"
+            self._detour.setText(f"{words}. {detour.note}")
 
     def _show_chips(self) -> None:
         """One check box per device that takes part or may."""
@@ -207,7 +219,8 @@ class SplitPage(QWidget):
                 self._chips.removeWidget(box)
                 self._chips.addWidget(box)
             label = self._session.device_label(device)
-            box.setText(label if self._presenter.is_available(device) else f"{label} (lost)")
+            state = self._session.device_state(device)
+            box.setText(label if self._presenter.is_available(device) else f"{label} ({state})")
             box.setAccessibleName(f"{label} takes part")
             index = self._session.device_index(device)
             box.setIcon(swatch_pixmap(self._look.theme, index, 2.0))

@@ -7,21 +7,18 @@ only `report_lost` may be called from another.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import msgspec
-import numpy as np
 import zmq
-import zmq.utils.monitor
 
 from engine.cluster import messages as m
-from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, connect
+from engine.cluster.content_hashes import WeightSource
+from engine.cluster.runner_links import RunnerAddress, RunnerLinks
+from engine.cluster.weight_transfer import WeightServer
 from engine.errors import (
     Cancelled,
     EngineError,
@@ -38,26 +35,6 @@ logger = logging.getLogger(__name__)
 # Runs out only where neither the worker nor the heartbeat noticed anything.
 STEP_SECONDS = 120.0
 LOAD_SILENCE_SECONDS = 60.0
-# From a closed connection to the worker's word on why: a dying process takes its time.
-CAUSE_SECONDS = 1.5
-
-
-class WeightSource(Protocol):
-    """Whoever can cut slices out of a checkpoint."""
-
-    def read_slice(self, name: str, axis: int, start: int, end: int) -> m.Array:
-        """Bytes of elements [start, end) along an axis, in file format."""
-        ...
-
-
-class RunnerAddress(msgspec.Struct, frozen=True):
-    """Where a runner listens, its key, and the key pair it expects the engine host to have."""
-
-    device: str
-    control_endpoint: str
-    exchange_endpoint: str
-    public_key: bytes
-    host_keys: KeyPair
 
 
 class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -73,7 +50,13 @@ class StepFailed(Exception):  # noqa: N818 - carries the error that its requests
 
 
 class LoadRequest(NamedTuple):
-    """What a plan needs to be put in force."""
+    """What a plan needs to be put in force.
+
+    Attributes:
+        checkpoint_id: another one for every change of the checkpoint's files or tensors.
+        files: of the checkpoint, as each device is told of them.
+        hashes_path: where the checkpoint's content hashes are kept; None to keep none.
+    """
 
     epoch: int
     config: ModelConfig
@@ -86,6 +69,19 @@ class LoadRequest(NamedTuple):
     checkpoint_id: str
     tensors: tuple[m.TensorInfo, ...]
     source: WeightSource
+    files: Mapping[str, tuple[m.LocalFile, ...]] = {}
+    hashes_path: Path | None = None
+
+
+class PlanLoaded(NamedTuple):
+    """What putting a plan in force brought, by device.
+
+    Attributes:
+        links: between two devices, as the first one measured them.
+    """
+
+    devices: dict[str, m.Loaded]
+    links: dict[tuple[str, str], m.LinkFigures]
 
 
 class DeviceAnswer(NamedTuple):
@@ -114,53 +110,13 @@ def describe_rows(plan: Plan, device_index: int) -> str:
     return text or "nothing"
 
 
-class _Link:
-    """The sockets to one runner."""
-
-    def __init__(self, context: zmq.Context[Any], address: RunnerAddress) -> None:
-        self.address = address
-        socket = connect(
-            context,
-            zmq.DEALER,
-            address.host_keys,
-            address.public_key,
-            address.control_endpoint,
-        )
-        self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
-        self.monitor = socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
-
-    def is_disconnected(self) -> bool:
-        """Read the monitor's events; True when the connection was lost."""
-        is_lost = False
-        while self.monitor.poll(0):
-            event = zmq.utils.monitor.recv_monitor_message(self.monitor)
-            is_lost = event["event"] == zmq.EVENT_DISCONNECTED
-        return is_lost
-
-    def close(self) -> None:
-        self.channel.socket.disable_monitor()
-        self.monitor.close(linger=0)
-        self.channel.close()
-
-
 class Coordinator:
     """The runners of one engine host."""
 
     def __init__(self, context: zmq.Context[Any]) -> None:
         """Know no runner yet."""
-        self._context = context
-        self._links: dict[str, _Link] = {}
-        self._lost: deque[tuple[bytes, str]] = deque()
-        self._wake_receiver = context.socket(zmq.PULL)
-        endpoint = f"inproc://coordinator-{id(self)}"
-        self._wake_receiver.bind(endpoint)
-        self._wake_sender = context.socket(zmq.PUSH)
-        self._wake_sender.connect(endpoint)
+        self._links = RunnerLinks(context, self._describe)
         self._request: LoadRequest | None = None
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake_receiver, zmq.POLLIN)
 
     @property
     def plan(self) -> Plan | None:
@@ -169,13 +125,11 @@ class Coordinator:
 
     def report_lost(self, public_key: bytes, cause: str) -> None:
         """A worker says that the runner with a key ended. Any one thread besides the owner."""
-        self._lost.append((public_key, cause))
-        self.wake()
+        self._links.report_lost(public_key, cause)
 
     def wake(self) -> None:
         """Make a waiting `step` ask whether to go on. The same thread as `report_lost`."""
-        with contextlib.suppress(zmq.Again):  # Enough unread wakes do as well as one more.
-            self._wake_sender.send(b"", zmq.DONTWAIT)
+        self._links.wake()
 
     def load(
         self,
@@ -183,21 +137,22 @@ class Coordinator:
         runners: Sequence[RunnerAddress],
         on_progress: Callable[[str, int, int], None],
         should_stop: Callable[[], bool],
-    ) -> dict[str, int]:
+    ) -> PlanLoaded:
         """Put a plan in force.
 
         Args:
             runners: one for every device with a share.
             on_progress: called with (device, bytes done, bytes in all).
-        Returns: bytes of weights in memory, by device.
+        Returns: what each device loaded and where from.
         Raises: WorkerLost, EngineError: a device could not take its share.
         """
-        self._connect(runners)
         self._request = request
+        self._links.connect(runners)
         plan = request.plan
         used = [plan.devices[i] for i in plan.used_devices()]
         addresses = {runner.device: runner for runner in runners}
         indexes = {device: i for i, device in enumerate(plan.devices)}
+        loads: dict[str, m.Load] = {}
         for device in used:
             peers = tuple(
                 m.Peer(
@@ -220,25 +175,59 @@ class Coordinator:
                 checkpoint_id=request.checkpoint_id,
                 tensors=request.tensors,
                 peers=peers,
+                rendezvous=addresses[used[0]].rendezvous,
+                files=request.files.get(device, ()),
             )
-            self._send(device, load)
-        loaded: dict[str, int] = {}
+            loads[device] = load
+        loaded: dict[str, m.Loaded] = {}
+        links: dict[str, tuple[m.LinkFigures, ...]] = {}
+
+        server = WeightServer(
+            request.config,
+            plan.shape,
+            request.tensors,
+            request.source,
+            request.checkpoint_id,
+            request.hashes_path,
+        )
+
+        def take(device: str, message: Any) -> None:
+            if message.epoch != request.epoch:
+                return
+            if isinstance(message, m.HashesRequest | m.WeightRequest):
+                answer, data = server.answer(message)
+                self._links.send(device, answer, [data])
+            elif isinstance(message, m.LoadProgress):
+                on_progress(device, message.done_bytes, message.total_bytes)
+            elif isinstance(message, m.Loaded):
+                loaded[device] = message
+            elif isinstance(message, m.Connected):
+                links[device] = message.links
+            elif isinstance(message, m.Failed):
+                raise self._error_of(device, message)
+
         try:
-            last_word = time.monotonic()
-            while len(loaded) < len(used):
-                if should_stop():
-                    raise Cancelled("loading was cancelled; no plan is in force now")
-                for device, received in self._receive(0.25):
-                    last_word = time.monotonic()
-                    self._take_load_message(device, received, request, loaded, on_progress)
-                if time.monotonic() - last_word > LOAD_SILENCE_SECONDS:
-                    silent = next(d for d in used if d not in loaded)
-                    cause = f"it said nothing for {LOAD_SILENCE_SECONDS:.0f} s while loading"
-                    raise self._lost_error(silent, cause)
+            for device, load in loads.items():
+                self._links.send(device, load)
+            self._wait_for_all(used, loaded, take, should_stop)
+            # By now every runner has the allow list of this epoch.
+            for device in used:
+                self._links.send(device, m.Connect(epoch=request.epoch))
+            self._wait_for_all(used, links, take, should_stop)
         except EngineError:
             self.abort()
             raise
-        return loaded
+        finally:
+            server.close()
+        return PlanLoaded(
+            loaded,
+            {
+                (device, plan.devices[figures.device_index]): figures
+                for device, found in links.items()
+                for figures in found
+                if 0 <= figures.device_index < len(plan.devices)
+            },
+        )
 
     def step(
         self, step: m.Step, embeddings: m.Array | None, should_abort: Callable[[], bool]
@@ -261,9 +250,12 @@ class Coordinator:
         for index in used:
             tensors = [embeddings] if embeddings is not None and index in first_group else []
             try:
-                self._send(plan.devices[index], step, tensors)
+                self._links.send(plan.devices[index], step, tensors)
             except PromptError as error:  # Too large for a message; nothing was sent.
                 raise StepFailed(error) from error
+            except WorkerLost:
+                self.abort()
+                raise
         return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
@@ -272,100 +264,37 @@ class Coordinator:
         plan = self._request.plan
         devices = [plan.devices[i] for i in plan.group(plan.shape.head_row)]
         for device in devices:
-            self._send(device, m.FetchLogits(epoch=self._request.epoch, step_id=step_id))
+            self._links.send(device, m.FetchLogits(epoch=self._request.epoch, step_id=step_id))
         return self._gather(devices, step_id, lambda: False)
 
     def check(self) -> None:
         """While idle: raise if a runner of the plan was lost."""
-        if self._request is not None:
-            for _device, received in self._receive(0):
-                logger.debug("late %s", type(received).__name__)
+        if self._request is None:
+            return
+        try:
+            for _device, received in self._links.receive(0):
+                logger.debug("late %s", type(received.message).__name__)
+        except EngineError:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         """Give the plan up; runners that wait for a lost one wake."""
-        if self._request is None:
-            return
-        for link in self._links.values():
-            try:
-                link.channel.send(m.Abort(epoch=self._request.epoch))
-            except WorkerLost as error:
-                logger.info("%s: %s", link.address.device, error)
-        self._request = None
+        if self._request is not None:
+            self._links.tell_all(m.Abort(epoch=self._request.epoch))
+            self._request = None
 
     def close(self) -> None:
         """Close all sockets."""
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
-        self._wake_sender.close(linger=0)
-        self._wake_receiver.close(linger=0)
+        self._links.close()
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _connect(self, runners: Sequence[RunnerAddress]) -> None:
-        wanted = {runner.device: runner for runner in runners}
-        for device, link in list(self._links.items()):
-            if wanted.get(device) != link.address:
-                self._poller.unregister(link.channel.socket)
-                self._poller.unregister(link.monitor)
-                link.close()
-                del self._links[device]
-        for device, address in wanted.items():
-            if device not in self._links:
-                link = _Link(self._context, address)
-                self._links[device] = link
-                self._poller.register(link.channel.socket, zmq.POLLIN)
-                self._poller.register(link.monitor, zmq.POLLIN)
-
-    def _receive(self, timeout_seconds: float) -> list[tuple[str, Any]]:
-        """Messages that are there, after waiting for the first.
-
-        Raises: WorkerLost: a runner of the plan ended or fell silent.
-        """
-        ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
-        if self._wake_receiver in ready:
-            while self._wake_receiver.poll(0):
-                self._wake_receiver.recv()
-        while self._lost:
-            public_key, cause = self._lost.popleft()
-            for device, link in self._links.items():
-                if link.address.public_key == public_key:
-                    raise self._lost_error(device, cause)
-        messages: list[tuple[str, Any]] = []
-        for device, link in self._links.items():
-            if link.channel.socket in ready:
-                try:
-                    received = link.channel.receive(0)
-                except ProtocolError as error:
-                    raise ProtocolError(f"{device}: {error}") from error
-                if received is not None:
-                    messages.append((device, received))
-            if link.monitor in ready and link.is_disconnected():
-                # The worker knows the cause, a moment later.
-                cause = self._wait_for_cause(device)
-                raise self._lost_error(device, cause)
-        return messages
-
-    def _wait_for_cause(self, device: str) -> str:
-        deadline = time.monotonic() + CAUSE_SECONDS
-        while time.monotonic() < deadline:
-            for public_key, cause in list(self._lost):
-                if public_key == self._links[device].address.public_key:
-                    return cause
-            self._wake_receiver.poll(50)
-        return "it no longer answers (frozen, or its connection is cut)"
-
-    def _lost_error(self, device: str, cause: str) -> WorkerLost:
-        rows = "nothing"
-        if self._request is not None and device in self._request.plan.devices:
-            plan = self._request.plan
-            rows = describe_rows(plan, plan.devices.index(device))
-        error = WorkerLost(
-            f"{device}, which computes {rows}, was lost: {cause}. Apply the plan again, or choose "
-            "one without it"
-        )
-        error.device = device
-        return error
+    def _describe(self, device: str) -> str:
+        if self._request is None or device not in self._request.plan.devices:
+            return "nothing"
+        plan = self._request.plan
+        return describe_rows(plan, plan.devices.index(device))
 
     def _gather(
         self, devices: list[str], step_id: int, should_abort: Callable[[], bool]
@@ -377,31 +306,23 @@ class Coordinator:
         try:
             while len(answers) < len(devices):
                 if should_abort():
-                    self._abort_step(devices, step_id)
+                    self._abort_step(step_id)
                     raise StepAborted
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     silent = next(d for d in devices if d not in answers)
-                    raise self._lost_error(silent, f"no answer in {STEP_SECONDS:.0f} s")
-                for device, received in self._receive(min(remaining, 1.0)):
+                    raise self._links.lost(
+                        silent, f"no answer and no progress in {STEP_SECONDS:.0f} s"
+                    )
+                for device, received in self._links.receive(min(remaining, 1.0)):
                     message = received.message
-                    if (
-                        isinstance(message, m.Failed)
-                        and message.epoch == epoch
-                        and message.step_id in (0, step_id)
-                    ):
-                        error = error_by_name(message.error, f"{device}: {message.message}")
-                        if message.step_id == step_id and not isinstance(
-                            error, ProtocolError | WorkerLost
-                        ):
-                            # The others wait for its part: they give the step up, too.
-                            self._abort_step(devices, step_id)
-                            raise StepFailed(error)
-                        raise error
-                    if isinstance(message, m.StepAnswer) and (message.epoch, message.step_id) == (
-                        epoch,
-                        step_id,
-                    ):
+                    if message.epoch != epoch:
+                        continue
+                    if isinstance(message, m.StepProgress) and message.step_id == step_id:
+                        deadline = time.monotonic() + STEP_SECONDS
+                    elif isinstance(message, m.Failed) and message.step_id in (0, step_id):
+                        self._take_failure(device, message, step_id)
+                    elif isinstance(message, m.StepAnswer) and message.step_id == step_id:
                         answers[device] = DeviceAnswer(
                             plan.devices.index(device), message, received.tensors
                         )
@@ -410,62 +331,43 @@ class Coordinator:
             raise
         return [answers[device] for device in devices]
 
-    def _send(self, device: str, message: m.Message, tensors: Sequence[m.Array] = ()) -> None:
-        """Send to a runner; one that takes nothing ends the plan."""
-        try:
-            self._links[device].channel.send(message, tensors)
-        except WorkerLost as error:
-            self.abort()
-            raise self._lost_error(device, str(error)) from error
+    def _take_failure(self, device: str, message: m.Failed, step_id: int) -> None:
+        """A device could not compute a step."""
+        error = self._error_of(device, message)
+        if message.step_id == step_id and not isinstance(error, ProtocolError | WorkerLost):
+            # The others wait for its part: they give the step up, too.
+            self._abort_step(step_id)
+            raise StepFailed(error)
+        raise error
 
-    def _abort_step(self, devices: list[str], step_id: int) -> None:
+    def _error_of(self, device: str, message: m.Failed) -> EngineError:
         assert self._request is not None
-        for device in devices:
-            message = m.AbortStep(epoch=self._request.epoch, step_id=step_id)
-            self._links[device].channel.send(message)
+        devices, peer = self._request.plan.devices, message.peer_index
+        if peer is not None and 0 <= peer < len(devices) and devices[peer] != device:
+            return self._links.blame(device, devices[peer], message.message)
+        return error_by_name(message.error, f"{device}: {message.message}")
 
-    def _take_load_message(
+    def _abort_step(self, step_id: int) -> None:
+        assert self._request is not None
+        self._links.tell_all(m.AbortStep(epoch=self._request.epoch, step_id=step_id))
+
+    def _wait_for_all(
         self,
-        device: str,
-        received: Any,
-        request: LoadRequest,
-        loaded: dict[str, int],
-        on_progress: Callable[[str, int, int], None],
+        devices: list[str],
+        done: Collection[str],
+        take: Callable[[str, Any], None],
+        should_stop: Callable[[], bool],
     ) -> None:
-        message = received.message
-        if message.epoch != request.epoch:
-            return
-        if isinstance(message, m.WeightRequest):
-            data = _read_slice(request, message)
-            answer = m.WeightSlice(
-                epoch=message.epoch,
-                name=message.name,
-                axis=message.axis,
-                start=message.start,
-                end=message.end,
-            )
-            self._send(device, answer, [data])
-        elif isinstance(message, m.LoadProgress):
-            on_progress(device, message.done_bytes, message.total_bytes)
-        elif isinstance(message, m.Loaded):
-            loaded[device] = message.weight_bytes
-        elif isinstance(message, m.Failed):
-            raise error_by_name(message.error, f"{device}: {message.message}")
-
-
-def _read_slice(request: LoadRequest, wanted: m.WeightRequest) -> m.Array:
-    """A slice for a runner, after checking that it lies inside its tensor."""
-    info = next((t for t in request.tensors if t.name == wanted.name), None)
-    if info is None:
-        raise ProtocolError(f"a runner asked for the unknown tensor {wanted.name!r}")
-    is_inside = (
-        0 <= wanted.axis < len(info.shape)
-        and 0 <= wanted.start < wanted.end <= info.shape[wanted.axis]
-    )
-    if not is_inside:
-        raise ProtocolError(
-            f"a runner asked for {wanted.start}-{wanted.end} along axis {wanted.axis} of "
-            f"{wanted.name} {list(info.shape)}"
-        )
-    data = request.source.read_slice(wanted.name, wanted.axis, wanted.start, wanted.end)
-    return np.ascontiguousarray(data).reshape(-1)
+        """Hear the runners while a plan is loaded, until all `devices` are in `done`."""
+        heard = dict.fromkeys(devices, time.monotonic())
+        while len(done) < len(devices):
+            if should_stop():
+                raise Cancelled("loading was cancelled; no plan is in force now")
+            for device, received in self._links.receive(0.25):
+                heard[device] = time.monotonic()
+                take(device, received.message)
+            for device, at in heard.items():
+                if device not in done and time.monotonic() - at > LOAD_SILENCE_SECONDS:
+                    raise self._links.lost(
+                        device, f"it said nothing for {LOAD_SILENCE_SECONDS:.0f} s while loading"
+                    )

@@ -2,8 +2,12 @@
 
 In: a device's partial sum of a row and its residual stream. Out: the residual stream at the entry
 of the next row, on the devices that have a share there, bit-identical on all of them: everyone
-rounds partial sums to the wire format, the sender too, and adds them in device order. It computes
-no layer; arrays are numpy float32 [N, width].
+rounds partial sums to the wire format, the sender too, and adds them in device order. Which way
+they take is `collectives`' choice and changes no bit. It computes no layer; arrays are numpy
+float32 [N, width].
+
+A hand-over is begun by `start` and ended by `finish`; others may be under way in between, and go
+on whenever this thread looks at its inbox.
 """
 
 from __future__ import annotations
@@ -11,273 +15,403 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.cluster.collectives import RowHandOver, Way, hand_over_table, way_of
 from engine.cluster.messages import Array, HandOver, expect_tensor
-from engine.cluster.transport import Channel
-from engine.errors import EngineError, ProtocolError, WorkerLost
+from engine.cluster.peer_links import PeerLinks
+from engine.cluster.pieces import MAX_PIECES
+from engine.cluster.step_counters import Counters
+from engine.cluster.wire_format import Activations, from_wire, to_wire
+from engine.errors import EngineError, ProtocolError
+from engine.model.batch import StepKind
 from engine.plan.plan import Plan
 
-Activations = NDArray[np.float32]
-
 # The engine host notices a lost peer long before; this bounds the wait when the host is gone too.
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 300.0
+# A poll that finds something takes less; what took longer came while nobody computed.
+SHORTEST_WAIT_NS = 50_000
+# Hand-overs that came before this device got there; more is no plan's.
+MAX_EARLY_BYTES = 1 << 30
+# Memory of a hand-over without its tensors, so that many without any count, too.
+HELD_BYTES = 1024
+MAX_WAYS = 4096
 
 
-def to_wire(values: Activations, wire: str) -> Array:
-    """Round to the wire format: float32, float16, or bfloat16 bits as uint16, to nearest even."""
-    if wire == "float32":
-        return np.ascontiguousarray(values)
-    if wire == "float16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # A NaN must not be carried into infinity by the addition.
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def from_wire(array: Array) -> Activations:
-    """The float32 values of an array in wire format."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float32, copy=False)
-
-
-@dataclass(frozen=True, slots=True)
-class RowHandOver:
-    """What one device does after a row.
+@dataclass(slots=True)
+class _UnderWay:
+    """A hand-over that this device has begun.
 
     Attributes:
-        contributors: device indexes with a share in this row, in order.
-        receivers: those with a share in the next row.
-        newcomers: receivers that did not contribute, and so lack the residual stream.
+        x, own: the residual stream and the rounded partial sum, where this device contributed.
+        finished: what is known of the result, by who finished it.
     """
 
-    contributors: tuple[int, ...]
-    receivers: tuple[int, ...]
-    newcomers: frozenset[int]
-    contributes: bool
-    receives: bool
+    way: Way
+    row: int
+    piece: int
+    x: Activations | None = None
+    own: Array | None = None
+    finished: dict[int, Activations] = field(default_factory=dict[int, Activations])
 
     @property
-    def is_local(self) -> bool:
-        """Whether nothing crosses a process border."""
-        return self.contributors == self.receivers and len(self.receivers) == 1
+    def is_done(self) -> bool:
+        return len(self.finished) == len(self.way.needed)
+
+    @property
+    def result(self) -> Activations:
+        parts = [self.finished[index] for index in self.way.needed]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-@dataclass(slots=True)
-class Counters:
-    """What a device did in a step; the names are those of StepAnswer."""
-
-    compute_ns: int = 0
-    wait_ns: int = 0
-    serialise_ns: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
+_Phase = Literal["part", "finished"]
 
 
-@dataclass(slots=True)
 class Exchange:
-    """One device's side of all hand-overs of an epoch.
+    """One device's side of all hand-overs of an epoch."""
 
-    Attributes:
-        outboxes: a channel to each peer that must hear from this device.
-        wait: called while nothing is there; returns when the inbox may hold a message, and raises
-            when the step is aborted. Takes seconds.
-        add: the residual stream after a row, from the stream before it and the sum of all parts.
-    """
+    def __init__(
+        self,
+        epoch: int,
+        plan: Plan,
+        device_index: int,
+        width: int,
+        links: PeerLinks,
+        wait: Callable[[float], None],
+        add: Callable[[int, Activations, Activations], Activations],
+    ) -> None:
+        """Work the table out once.
 
-    epoch: int
-    plan: Plan
-    device_index: int
-    width: int
-    inbox: Channel[HandOver] | None
-    outboxes: dict[int, Channel[Any]]
-    wait: Callable[[float], None]
-    add: Callable[[int, Activations, Activations], Activations]
-    counters: Counters = field(default_factory=Counters)
-    _early: dict[tuple[int, int, int], tuple[HandOver, list[Array]]] = field(
-        default_factory=dict[tuple[int, int, int], tuple[HandOver, list[Array]]]
-    )
-    _rows: list[RowHandOver] = field(default_factory=list[RowHandOver])
-
-    def __post_init__(self) -> None:
-        """Work the table out once."""
-        for row in range(self.plan.shape.num_rows - 1):
-            contributors, receivers = self.plan.group(row), self.plan.group(row + 1)
-            self._rows.append(
-                RowHandOver(
-                    contributors,
-                    receivers,
-                    frozenset(receivers) - frozenset(contributors),
-                    self.device_index in contributors,
-                    self.device_index in receivers,
-                )
-            )
+        Args:
+            wait: called while nothing is there; returns when the inbox may hold a message, and
+                raises when the step is aborted or a peer is lost. Takes seconds.
+            add: the residual stream after a row, from the stream before it and the sum of all
+                parts.
+        """
+        self.plan = plan
+        self.device_index = device_index
+        self.links = links
+        self.counters = Counters()
+        self._epoch = epoch
+        self._width = width
+        self._wait = wait
+        self._add = add
+        self._table = hand_over_table(plan, device_index)
+        self._ways: dict[tuple[int, int, str], Way] = {}
+        self._step_id = 0
+        self._wire: str = plan.wire
+        self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array], int]] = {}
+        self._early_bytes = 0
+        self._under_way: dict[tuple[int, int], _UnderWay] = {}
 
     def row(self, row: int) -> RowHandOver:
         """What this device does after `row`."""
-        return self._rows[row]
+        return self._table[row]
 
-    def begin_step(self, step_id: int) -> None:
-        """Forget hand-overs of earlier steps, which were aborted."""
+    def begin_step(self, step_id: int, kind: StepKind) -> None:
+        """Forget hand-overs of earlier steps, which were aborted.
+
+        Raises: WorkerLost: the connection to a peer broke since the last step.
+        """
         self.counters = Counters()
+        self._step_id = step_id
+        self._wire = self.plan.wire_of(kind)
+        self._under_way.clear()
         for key in [key for key in self._early if key[0] < step_id]:
-            del self._early[key]
+            self._forget(key)
+        self.links.check()
 
     def hand_over(
-        self, step_id: int, row: int, x: Activations | None, partial: Activations | None, rows: int
+        self, row: int, x: Activations | None, partial: Activations | None, num_tokens: int
     ) -> Activations | None:
-        """Send what this device owes after `row`, and receive what it needs for the next one.
+        """`start` and `finish` in one."""
+        self.start(row, 0, x, partial, num_tokens)
+        return self.finish(row, 0)
+
+    def start(
+        self,
+        row: int,
+        piece: int,
+        x: Activations | None,
+        partial: Activations | None,
+        num_tokens: int,
+    ) -> None:
+        """Send what this device owes after `row`, and get ready for what it needs.
 
         Args:
-            x: the residual stream [rows, width], where this device contributed.
-            partial: its partial sum [rows, width], likewise.
-            rows: tokens that cross.
-        Returns: the residual stream at the next row, or None without a share there.
+            piece: which of the step's pieces crosses.
+            x: the residual stream [num_tokens, width], where this device contributed.
+            partial: its partial sum [num_tokens, width], likewise.
+            num_tokens: tokens of the piece that cross.
         Raises:
             EngineError: the partial sum does not fit the wire format.
             ProtocolError: a peer sent something else than the plan says.
-            WorkerLost: a peer said nothing for too long.
+            WorkerLost: a peer takes nothing.
         """
-        table = self._rows[row]
-        own: Array | None = None
-        if table.contributes:
+        me, key = self.device_index, (row, num_tokens, self._wire)
+        way = self._ways.get(key)
+        if way is None:
+            # Lengths of prompts are many; those of generated steps come again and again.
+            if len(self._ways) >= MAX_WAYS:
+                self._ways.clear()
+            way = self._ways[key] = way_of(
+                self._table[row], me, num_tokens, self._width, self._wire
+            )
+        item = _UnderWay(way, row, piece)
+        if way.table.contributes:
             assert x is not None
             assert partial is not None
             started = time.perf_counter_ns()
-            own = to_wire(partial, self.plan.wire)
-            if self.plan.wire == "float16" and np.isinf(own).any():
+            own = to_wire(partial, self._wire)
+            if self._wire == "float16" and np.isinf(own).any():
                 raise EngineError(
                     f"{self.plan.shape.row_name(row)} gives numbers past 65,504, the largest that "
                     "float16 holds; use wire float32 or bfloat16"
                 )
-            self._send(step_id, row, table, x, own)
+            item.x, item.own = x, own
+            self._send_parts(item)
             self.counters.serialise_ns += time.perf_counter_ns() - started
-        if not table.receives:
+        if way.table.receives:
+            is_first = not self._under_way
+            self._under_way[row, piece] = item
+            self._go_on(item)
+            if not is_first:  # Others may wait for this device to add what came meanwhile.
+                while self._take_one(was_waited_for=False):
+                    pass
+
+    def finish(self, row: int, piece: int) -> Activations | None:
+        """The residual stream at the next row, of a piece; None without a share there.
+
+        Raises:
+            ProtocolError: a peer sent something else than the plan says.
+            WorkerLost: a peer is gone, or said nothing for too long.
+        """
+        item = self._under_way.get((row, piece))
+        if item is None:
             return None
-        return self._receive(step_id, row, table, x, own, rows)
-
-    def _send(self, step_id: int, row: int, table: RowHandOver, x: Activations, own: Array) -> None:
-        first = table.contributors[0]
-        is_alone = len(table.contributors) == 1
-        # One contributor: the sum is its own part, so one finished tensor is enough.
-        finished = self.add(row, x, from_wire(own)) if is_alone and table.newcomers else None
-        for receiver in table.receivers:
-            if receiver == self.device_index:
+        deadline = 0.0
+        while not item.is_done:
+            # Not tried first: what is there already makes the wait a short one.
+            missing = self._missing(item)
+            started = time.perf_counter_ns()
+            self._wait(1.0)
+            waited = time.perf_counter_ns() - started
+            self.counters.wait_ns += waited
+            self.counters.link(missing).wait_ns += waited
+            if self._take_one(was_waited_for=waited > SHORTEST_WAIT_NS):
                 continue
-            tensors: list[Array] = []
-            if not is_alone:
-                tensors.append(own)
-            if finished is not None:
-                tensors.append(finished)
-            elif receiver in table.newcomers and first == self.device_index:
-                tensors.append(np.ascontiguousarray(x))
-            message = HandOver(
-                epoch=self.epoch,
-                step_id=step_id,
-                row=row,
-                device_index=self.device_index,
-                has_partial=not is_alone,
-                has_residual=len(tensors) > (0 if is_alone else 1),
-            )
-            self.counters.sent_bytes += self.outboxes[receiver].send(message, tensors)
+            now = time.monotonic()
+            deadline = deadline or now + WAIT_SECONDS
+            if now > deadline:
+                what = self.plan.shape.row_name(row)
+                raise self.links.lost(
+                    missing, f"it sent nothing for {what} in {WAIT_SECONDS:.0f} s"
+                )
+        del self._under_way[row, piece]
+        return item.result
 
-    def _receive(
+    def take_early(self) -> None:
+        """While idle: answer pings, and keep what quicker peers sent for the next step.
+
+        Raises: ProtocolError: a peer sent something that no plan asks for.
+        """
+        while self._take_one(was_waited_for=False):
+            pass
+
+    def give_up(self, step_id: int) -> None:
+        """A step was given up: `begin_step` forgets what it left."""
+
+    def close(self) -> None:
+        """Close the sockets to the peers."""
+        self.links.close()
+
+    # ---- sending -----------------------------------------------------------------------------
+
+    def _send_parts(self, item: _UnderWay) -> None:
+        way, me = item.way, self.device_index
+        table = way.table
+        assert item.x is not None
+        assert item.own is not None
+        stream = item.x
+        if way.is_alone:
+            # The sum is its own part, so one finished tensor is enough.
+            stream = self._add(item.row, item.x, from_wire(item.own))
+            if table.receives:
+                item.finished[me] = stream
+        for target, (start, end) in way.targets.items():
+            if target == me:
+                continue
+            lacks_stream = target in table.newcomers and table.contributors[0] == me
+            tensors = [] if way.is_alone else [item.own[start:end]]
+            if lacks_stream:
+                tensors.append(np.ascontiguousarray(stream[start:end]))
+            self._send(target, item, "part", not way.is_alone, lacks_stream, tensors)
+
+    def _send(
         self,
-        step_id: int,
-        row: int,
-        table: RowHandOver,
-        x: Activations | None,
-        own: Array | None,
-        rows: int,
-    ) -> Activations:
-        is_alone = len(table.contributors) == 1
-        first = table.contributors[0]
-        if is_alone:
-            if own is not None:
-                assert x is not None
-                return self.add(row, x, from_wire(own))
-            (residual,) = self._expect(step_id, row, first, False, True, rows)
-            return residual
+        target: int,
+        item: _UnderWay,
+        phase: _Phase,
+        has_partial: bool,
+        has_residual: bool,
+        tensors: list[Array],
+    ) -> None:
+        sent_ns, heard_ns = self.links.stamp(target)
+        message = HandOver(
+            epoch=self._epoch,
+            step_id=self._step_id,
+            row=item.row,
+            piece=item.piece,
+            device_index=self.device_index,
+            phase=phase,
+            has_partial=has_partial,
+            has_residual=has_residual,
+            sent_ns=sent_ns,
+            heard_ns=heard_ns,
+        )
+        num_bytes = self.links.send(target, message, tensors)
+        counters = self.counters
+        counters.sent_bytes += num_bytes
+        counters.link(target).sent_bytes += num_bytes
+
+    # ---- receiving ---------------------------------------------------------------------------
+
+    def _go_on(self, item: _UnderWay) -> None:
+        """Do what can be done for a hand-over with what has come so far."""
+        way, me = item.way, self.device_index
+        if way.adds and me not in item.finished:
+            for other in way.others:
+                if not self._has(item, "part", other):
+                    return
+            mine = item.finished[me] = self._add_parts(item)
+            if way.is_scattered:
+                for other in way.table.owners:
+                    if other != me:
+                        self._send(other, item, "finished", False, True, [mine])
+        if not way.is_scattered:
+            return
+        for owner in way.needed:
+            if owner not in item.finished and self._has(item, "finished", owner):
+                start, end = way.targets[owner]
+                tensors = self._take(item, "finished", owner, False, True, end - start)
+                item.finished[owner] = tensors[0]
+
+    def _add_parts(self, item: _UnderWay) -> Activations:
+        """The residual stream of the tokens that this device finishes."""
+        way, me = item.way, self.device_index
+        start, end = way.targets[me]
+        x = None if item.x is None else item.x[start:end]
         total: Activations | None = None
-        for contributor in table.contributors:
-            if contributor == self.device_index:
-                assert own is not None
-                part = from_wire(own)
+        for contributor in way.table.contributors:
+            if contributor == me:
+                assert item.own is not None
+                part = from_wire(item.own[start:end])
             else:
-                with_residual = x is None and contributor == first
-                tensors = self._expect(step_id, row, contributor, True, with_residual, rows)
+                lacks_stream = x is None and contributor == way.table.contributors[0]
+                tensors = self._take(
+                    item, "part", contributor, not way.is_alone, lacks_stream, end - start
+                )
+                if lacks_stream:
+                    x = tensors[-1]
+                if way.is_alone:
+                    return tensors[0]
                 part = from_wire(tensors[0])
-                if with_residual:
-                    x = tensors[1]
             total = part if total is None else total + part
         assert total is not None
         assert x is not None
-        return self.add(row, x, total)
+        return self._add(item.row, x, total)
 
-    def _expect(
-        self, step_id: int, row: int, sender: int, partial: bool, residual: bool, rows: int
+    def _has(self, item: _UnderWay, phase: _Phase, sender: int) -> bool:
+        return (self._step_id, item.row, item.piece, phase, sender) in self._early
+
+    def _missing(self, item: _UnderWay) -> int:
+        """Whom a hand-over that is not done waits for."""
+        if item.way.adds and self.device_index not in item.finished:
+            for other in item.way.others:
+                if not self._has(item, "part", other):
+                    return other
+        return next(owner for owner in item.way.needed if owner not in item.finished)
+
+    def _take(
+        self,
+        item: _UnderWay,
+        phase: _Phase,
+        sender: int,
+        partial: bool,
+        residual: bool,
+        num_tokens: int,
     ) -> list[Array]:
-        key = (step_id, row, sender)
-        started = time.perf_counter_ns()
-        deadline = time.monotonic() + WAIT_SECONDS
-        while key not in self._early:
-            if not self._drain(step_id):
-                if time.monotonic() > deadline:
-                    raise WorkerLost(
-                        f"{self.plan.devices[sender]} sent nothing for "
-                        f"{self.plan.shape.row_name(row)} in {WAIT_SECONDS:.0f} s"
-                    )
-                self.wait(1.0)
-        self.counters.wait_ns += time.perf_counter_ns() - started
-        message, tensors = self._early.pop(key)
+        """What a peer sent, after checking that it is what the plan says."""
+        row = item.row
+        message, tensors, num_bytes = self._forget((self._step_id, row, item.piece, phase, sender))
+        device = self.plan.devices[sender]
         if (message.has_partial, message.has_residual) != (partial, residual):
             raise ProtocolError(
-                f"{self.plan.devices[sender]} handed over other tensors for "
-                f"{self.plan.shape.row_name(row)} than the plan says"
+                f"{device} handed over other tensors for {self.plan.shape.row_name(row)} "
+                "than the plan says"
             )
         if len(tensors) != int(partial) + int(residual):
             raise ProtocolError(
-                f"{self.plan.devices[sender]} handed over {len(tensors)} tensors, "
-                f"announced {int(partial) + int(residual)}"
+                f"{device} handed over {len(tensors)} tensors, announced "
+                f"{int(partial) + int(residual)}"
             )
-        shape = (rows, self.width)
-        what = f"hand-over of {self.plan.devices[sender]}"
+        counters = self.counters
+        counters.received_bytes += num_bytes
+        counters.link(sender).received_bytes += num_bytes
+        shape = (num_tokens, self._width)
+        what = f"hand-over of {device}"
         if partial:
-            expect_tensor(tensors[0], self.plan.wire, shape, what)
+            expect_tensor(tensors[0], self._wire, shape, what)
         if residual:
             expect_tensor(tensors[-1], "float32", shape, what)
         return tensors
 
-    def _drain(self, step_id: int) -> bool:
+    def _take_one(self, *, was_waited_for: bool) -> bool:
         """Take one hand-over from the inbox; False when it is empty."""
-        if self.inbox is None:
-            raise ProtocolError("this runner has no exchange socket, but its plan needs one")
-        received = self.inbox.receive(0)
+        received = self.links.receive(was_waited_for=was_waited_for)
         if received is None:
             return False
         message = received.message
-        if message.epoch != self.epoch or message.step_id < step_id:
+        if message.step_id < self._step_id:
             return True  # Late, from a step that was aborted.
-        is_known = 0 <= message.row < len(self._rows)
-        if not is_known or message.device_index not in self._rows[message.row].contributors:
+        is_known = 0 <= message.row < len(self._table) and 0 <= message.piece < MAX_PIECES
+        if is_known:
+            table = self._table[message.row]
+            senders = table.contributors if message.phase == "part" else table.owners
+            is_known = table.receives and message.device_index in senders
+        if not is_known:
             raise ProtocolError(
-                f"hand-over of row {message.row} from device {message.device_index}, which has "
-                "no share there"
+                f"hand-over of row {message.row}, piece {message.piece} from device "
+                f"{message.device_index}, which owes this device nothing there"
             )
-        self.counters.received_bytes += sum(t.nbytes for t in received.tensors)
-        self._early[message.step_id, message.row, message.device_index] = (
-            message,
-            received.tensors,
+        key = (
+            message.step_id,
+            message.row,
+            message.piece,
+            message.phase,
+            message.device_index,
         )
+        if key in self._early:
+            raise ProtocolError(
+                f"{self.plan.devices[message.device_index]} handed over "
+                f"{self.plan.shape.row_name(message.row)} twice"
+            )
+        num_bytes = sum([tensor.nbytes for tensor in received.tensors])
+        self._early_bytes += num_bytes + HELD_BYTES
+        if self._early_bytes > MAX_EARLY_BYTES:
+            raise ProtocolError(
+                f"peers handed over {self._early_bytes:,} bytes that nothing has asked for yet, at "
+                f"most {MAX_EARLY_BYTES:,} are kept"
+            )
+        self._early[key] = (message, received.tensors, num_bytes)
+        item = self._under_way.get((message.row, message.piece))
+        if item is not None and message.step_id == self._step_id:
+            self._go_on(item)
         return True
 
-    def close(self) -> None:
-        """Close the channels to the peers."""
-        for channel in self.outboxes.values():
-            channel.close()
+    def _forget(self, key: tuple[int, int, int, _Phase, int]) -> tuple[HandOver, list[Array], int]:
+        held = self._early.pop(key)
+        self._early_bytes -= held[2] + HELD_BYTES
+        return held

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.cluster.exchange import from_wire, to_wire
+from engine.cluster.wire_format import from_wire, to_wire
 from engine.errors import ConfigError, PlanError, PromptError
 from engine.kernels.torch_kernels import Batch
 from engine.model.batch import ComputeDtype, Segment, StepKind
@@ -225,6 +225,7 @@ class Lockstep:
         """A partial sum as it arrives: rounded to the wire, unless nothing is sent."""
         part = self.shards[index].part(row, x.to(self._targets[index]), batch).cpu()
         plan = self.plan
-        if plan.wire == "float32" or plan.group(row) == plan.group(row + 1) == (index,):
+        wire = plan.wire_of(batch.kind)
+        if wire == "float32" or plan.group(row) == plan.group(row + 1) == (index,):
             return part
-        return torch.as_tensor(from_wire(to_wire(part.numpy(), plan.wire)))
+        return torch.as_tensor(from_wire(to_wire(part.numpy(), wire)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -42,6 +42,11 @@ NUMPY_TYPES: dict[str, npt.DTypeLike] = {
     "uint8": np.uint8,
     "int64": np.int64,
 }
+# By the dtype itself: numpy takes longer to name one than to send a small tensor.
+_WIRE_NAMES: dict[np.dtype[Any], WireDtype] = {
+    np.dtype(kind): cast(WireDtype, name) for name, kind in NUMPY_TYPES.items()
+}
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(kind) for name, kind in NUMPY_TYPES.items()}
 
 
 class Message(
@@ -59,9 +64,12 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     @property
     def num_bytes(self) -> int:
         """Size by unbounded integers; a shape that is none gives a number no frame can match."""
-        if len(self.shape) > MAX_RANK or any(not 0 <= n <= MAX_DIMENSION for n in self.shape):
+        if len(self.shape) > MAX_RANK:
             return -1
-        return math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.dtype]).itemsize
+        for n in self.shape:
+            if not 0 <= n <= MAX_DIMENSION:
+                return -1
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 # ---- engine host <-> worker ------------------------------------------------------------------
@@ -126,14 +134,14 @@ class Enrolled(Message, frozen=True):
     """The key of Enroll is on the allow list."""
 
 
-class Ping(Message, frozen=True):
-    """The engine host times the way to a worker and back; `number` is returned in Pong."""
+class Probe(Message, frozen=True):
+    """The engine host times the way to a worker and back; `number` is returned in ProbeAnswer."""
 
     number: int
 
 
-class Pong(Message, frozen=True):
-    """Answer to Ping, at once."""
+class ProbeAnswer(Message, frozen=True):
+    """Answer to Probe, at once."""
 
     number: int
 
@@ -172,13 +180,18 @@ class StartRunner(Message, frozen=True):
 
 
 class RunnerStarted(Message, frozen=True):
-    """Where a new runner listens, and the key it made for this start."""
+    """Where a new runner listens, and the key it made for this start.
+
+    Attributes:
+        rendezvous: "ADDRESS:PORT" of a runner for transport "torch", else "".
+    """
 
     device: str
     pid: int
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
+    rendezvous: str = ""
 
 
 class StopRunner(Message, frozen=True):
@@ -281,12 +294,18 @@ class Load(Message, frozen=True):
 
 
 class HashesRequest(Message, frozen=True):
-    """A runner asks for the content hashes of a tensor, one per `unit` elements along `axis`."""
+    """A runner asks for the content hashes of a tensor, one per `unit` elements along `axis`.
+
+    Attributes:
+        start, end: half-open range of units.
+    """
 
     epoch: int
     name: str
     axis: int
     unit: int
+    start: int
+    end: int
 
 
 class SliceHashes(Message, frozen=True):
@@ -296,6 +315,8 @@ class SliceHashes(Message, frozen=True):
     name: str
     axis: int
     unit: int
+    start: int
+    end: int
 
 
 class WeightRequest(Message, frozen=True):
@@ -349,7 +370,11 @@ class Connect(Message, frozen=True):
 
 
 class LinkFigures(Message, frozen=True):
-    """A link to another device of the plan, as this one measured it."""
+    """A link to another device of the plan, as this one measured it.
+
+    Attributes:
+        bytes_per_second: from that device to this one.
+    """
 
     device_index: int
     round_trip_seconds: float
@@ -433,6 +458,10 @@ class StepAnswer(Message, frozen=True):
         log-sum-exp at temperature 1 with all ids of the shard (0 where it is not wanted), then
         float32 [M] the asked ids of this shard in order.
         "full": float32 [N, shard rows].
+
+    Attributes:
+        links: one entry per peer that something was sent to or received from.
+        figures: of links whose figures the traffic has changed, at most once a second.
     """
 
     epoch: int
@@ -444,6 +473,7 @@ class StepAnswer(Message, frozen=True):
     received_bytes: int
     cache_bytes: int
     links: tuple[LinkTraffic, ...] = ()
+    figures: tuple[LinkFigures, ...] = ()
 
 
 class FetchLogits(Message, frozen=True):
@@ -487,23 +517,52 @@ class Failed(Message, frozen=True):
 class HandOver(Message, frozen=True):
     """Sent after plan row `row` to a device of the next row.
 
-    Tensors: the partial sum [N, width] in the plan's wire format if `has_partial`, then the
-    residual stream float32 [N, width] if `has_residual`.
+    Tensors, phase "part": the partial sum [N, width] in the wire format if `has_partial`, then the
+    residual stream float32 [N, width] if `has_residual`; N tokens of the piece, or those that the
+    receiver finishes for all. Phase "finished": the residual stream float32 [N, width] of the
+    tokens that the sender finished.
+
+    Attributes:
+        piece: of the step's tokens; 0 where the step is worked in one.
+        sent_ns: by the sender's monotonic clock.
+        heard_ns: the least age that small hand-overs of the receiver had when they came to the
+            sender, by both clocks; None while unknown.
     """
 
     epoch: int
     step_id: int
     row: int
+    piece: int
     device_index: int
+    phase: Literal["part", "finished"]
     has_partial: bool
     has_residual: bool
+    sent_ns: int
+    heard_ns: int | None = None
 
 
-WORKER_ACCEPTS = Hello | Ping | Enroll | StartRunner | StopRunner | Shutdown
+class Ping(Message, frozen=True):
+    """Asks a peer for a Pong with the same number and a uint8 frame of so many bytes (0: none)."""
+
+    epoch: int
+    device_index: int
+    number: int
+    reply_bytes: int
+
+
+class Pong(Message, frozen=True):
+    """Answer to Ping."""
+
+    epoch: int
+    device_index: int
+    number: int
+
+
+WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown
 WORKER_SENDS = (
     NodeDescription
     | Busy
-    | Pong
+    | ProbeAnswer
     | Enrolled
     | SpeedReport
     | RunnerStarted
@@ -533,6 +592,7 @@ RUNNER_SENDS = (
     | StepAnswer
     | Failed
 )
+EXCHANGE_ACCEPTS = HandOver | Ping | Pong
 
 M = TypeVar("M")
 
@@ -555,10 +615,7 @@ class Codec(Generic[M]):
             tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
         Raises: PromptError: the header is too large, or has text that is not Unicode.
         """
-        specs = tuple(
-            TensorSpec("bfloat16" if a.dtype == np.uint16 else a.dtype.name, a.shape)  # type: ignore[arg-type]
-            for a in tensors
-        )
+        specs = tuple([TensorSpec(_WIRE_NAMES[a.dtype], a.shape) for a in tensors])
         try:
             header = self._encoder.encode((PROTOCOL_VERSION, message, specs))
         except UnicodeEncodeError:
@@ -633,7 +690,7 @@ def read_tensor(spec: TensorSpec, frame: Any) -> Array:
             f"part has {view.nbytes:,}"
         )
     try:
-        return np.frombuffer(view, dtype=NUMPY_TYPES[spec.dtype]).reshape(spec.shape)
+        return np.frombuffer(frame, dtype=_DTYPES[spec.dtype]).reshape(spec.shape)
     except ValueError as error:  # Nothing in it, and dimensions no array can have.
         raise ProtocolError(f"tensor says {list(spec.shape)}: {error}") from error
 
@@ -643,7 +700,7 @@ def expect_tensor(array: Array, dtype: str, shape: tuple[int, ...], what: str) -
 
     Raises: ProtocolError: names `what`, the dtype and shape found, and those expected.
     """
-    if array.shape != shape or array.dtype != np.dtype(NUMPY_TYPES[dtype]):
+    if array.shape != shape or array.dtype != _DTYPES[dtype]:
         raise ProtocolError(
             f"{what} is {array.dtype.name} {list(array.shape)}, expected {dtype} {list(shape)}"
         )

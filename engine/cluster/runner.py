@@ -10,23 +10,34 @@ import collections
 import contextlib
 import logging
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
 
 from engine.cluster import messages as m
+from engine.cluster.collective import Collective
 from engine.cluster.exchange import Exchange
 from engine.cluster.loading import Loader
+from engine.cluster.peer_links import PeerLinks
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
+from engine.cluster.slice_cache import SliceCache
 from engine.cluster.stepping import Stepping, to_tensor
-from engine.cluster.transport import Channel, connect, listen
+from engine.cluster.torch_exchange import TorchExchange
+from engine.cluster.torch_group import Rendezvous
+from engine.cluster.transport import Channel, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost
 from engine.kernels.matrices import Matrix
+from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
 from engine.model.share_keys import WeightKey
 
 logger = logging.getLogger(__name__)
+
+# At most so often the engine host hears of a long step, and of links that changed.
+REPORT_SECONDS = 1.0
 
 
 class _AbortedError(Exception):
@@ -43,6 +54,9 @@ class Runner:
         control_endpoint: str,
         exchange_endpoint: str,
         should_end: threading.Event,
+        rendezvous_endpoint: str | None = None,
+        cache_folder: Path = Path(),
+        cache_limit_bytes: int = 0,
     ) -> None:
         """Listen.
 
@@ -51,6 +65,9 @@ class Runner:
             host_key: public key of the engine host.
             exchange_endpoint: where peers of the plan connect.
             should_end: set by whoever wants the loop to end.
+            rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
+            cache_folder: where weights that came over the wire are kept, at most
+                `cache_limit_bytes` of them; 0 keeps none.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -67,14 +84,17 @@ class Runner:
         inbox, self.exchange_endpoint = listen(
             self._context, zmq.PULL, self.keys, "exchange", exchange_endpoint
         )
+        self.rendezvous = Rendezvous(rendezvous_endpoint) if rendezvous_endpoint else None
         self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
-        self._inbox: Channel[m.HandOver] = Channel(inbox, m.HandOver)
+        self._inbox: Channel[Any] = Channel(inbox, m.EXCHANGE_ACCEPTS)
         self._poller = zmq.Poller()
         self._poller.register(control, zmq.POLLIN)
         self._poller.register(inbox, zmq.POLLIN)
         self._pending: collections.deque[tuple[m.Message, list[m.Array]]] = collections.deque()
         self._route = b""
         self._should_end = should_end
+        self._cache_folder = cache_folder
+        self._cache_limit_bytes = cache_limit_bytes
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
         self._stepping: Stepping | None = None
@@ -84,6 +104,9 @@ class Runner:
         self._aborted_epoch = 0
         self._step_id = 0
         self._last_answer: tuple[int, m.StepAnswer, list[m.Array]] | None = None
+        self._row: int = -1
+        self._reported_row: int = -1
+        self._step_reported_at = self._links_reported_at = 0.0
 
     def run(self) -> None:
         """Serve until asked to end."""
@@ -117,6 +140,8 @@ class Runner:
         self._disconnect()
         self._control.close()
         self._inbox.close()
+        if self.rendezvous is not None:
+            self.rendezvous.close()
         self._gatekeeper.close()
         self._context.term()
 
@@ -125,7 +150,16 @@ class Runner:
     def _next(self, timeout_seconds: float) -> tuple[m.Message, list[m.Array]] | None:
         if self._pending:
             return self._pending.popleft()
-        received = self._control.receive(int(timeout_seconds * 1000))
+        timeout_ms = int(timeout_seconds * 1000)
+        if self._stepping is not None:
+            ready = dict(self._poller.poll(timeout_ms))
+            timeout_ms = 0
+            if ready.keys() - {self._control.socket, self._inbox.socket}:
+                self._stepping.exchange.links.note_losses()
+            if self._inbox.socket in ready:
+                # Peers may still measure their links, or be a step ahead.
+                self._stepping.exchange.take_early()
+        received = self._control.receive(timeout_ms)
         if received is None:
             return None
         self._route = received.route
@@ -139,8 +173,14 @@ class Runner:
         logger.warning("%s: %s", type(error).__name__, error)
         epoch = getattr(cause, "epoch", self._epoch)
         step_id = cause.step_id if isinstance(cause, m.Step | m.FetchLogits) else 0
+        lost = error.device if isinstance(error, WorkerLost) else None
+        devices = self._loaded.plan.devices if self._loaded is not None else ()
         failed = m.Failed(
-            epoch=epoch, step_id=step_id, error=type(error).__name__, message=str(error)
+            epoch=epoch,
+            step_id=step_id,
+            error=type(error).__name__,
+            message=str(error),
+            peer_index=devices.index(lost) if lost in devices else None,
         )
         with contextlib.suppress(WorkerLost):  # The engine host may be what is gone.
             self._send(failed)
@@ -150,24 +190,49 @@ class Runner:
             self._load(message)
         elif isinstance(message, m.Step):
             self._step(message, tensors)
+        elif isinstance(message, m.Connect):
+            self._connect(message)
         elif isinstance(message, m.FetchLogits):
             self._fetch_logits(message)
         elif isinstance(message, m.Abort):
             self._aborted_epoch = max(self._aborted_epoch, message.epoch)
         elif isinstance(message, m.AbortStep):
-            pass  # Its answer is on the way already.
-        elif isinstance(message, m.WeightSlice):
+            self._note_given_up(message)  # Its answer is on the way already.
+        elif isinstance(message, m.WeightSlice | m.SliceHashes):
             pass  # Asked for by a load that failed since.
         else:
             raise ProtocolError(f"unexpected {type(message).__name__} for an idle runner")
 
     def _wait(self, timeout_seconds: float) -> None:
-        """While waiting for peers: hear the engine host, and give up when it says so."""
+        """While waiting for peers: hear the engine host, and give up when it says so.
+
+        Raises: WorkerLost: the connection to a peer broke.
+        """
         ready = dict(self._poller.poll(int(timeout_seconds * 1000)))
         if self._should_end.is_set():
             raise _AbortedError
         if self._control.socket in ready:
             self._hear_host()
+        if self._stepping is not None and ready.keys() - {self._control.socket, self._inbox.socket}:
+            links = self._stepping.exchange.links
+            links.note_losses()
+            links.check()
+        self._report_progress()
+
+    def _between_rows(self, row: int, kind: StepKind) -> None:
+        """In a step: say where it is if it takes long, and give it up when asked to."""
+        self._row = row
+        self._report_progress()
+        # A piece of a prompt takes long enough to be given up.
+        if kind == "prompt":
+            self._hear_host()
+
+    def _report_progress(self) -> None:
+        now = time.monotonic()
+        if now - self._step_reported_at < REPORT_SECONDS or self._row == self._reported_row:
+            return
+        self._step_reported_at, self._reported_row = now, self._row
+        self._send(m.StepProgress(epoch=self._epoch, step_id=self._step_id, row=self._row))
 
     def _hear_host(self) -> None:
         """In the middle of a step: take one message of the engine host, if there is one."""
@@ -179,6 +244,7 @@ class Runner:
             if received.message.epoch >= self._epoch:
                 raise _AbortedError
         elif isinstance(received.message, m.AbortStep):
+            self._note_given_up(received.message)
             if (received.message.epoch, received.message.step_id) == (self._epoch, self._step_id):
                 raise _AbortedError
         elif isinstance(received.message, m.Shutdown):
@@ -187,6 +253,10 @@ class Runner:
         else:
             self._pending.append((received.message, received.tensors))
 
+    def _note_given_up(self, message: m.AbortStep) -> None:
+        if self._stepping is not None and message.epoch == self._epoch:
+            self._stepping.exchange.give_up(message.step_id)
+
     # ---- load --------------------------------------------------------------------------------
 
     def _load(self, load: m.Load) -> None:
@@ -194,6 +264,11 @@ class Runner:
         load.plan.validate()
         if not 0 <= load.device_index < len(load.plan.devices):
             raise ProtocolError(f"device {load.device_index} is not in the plan")
+        if load.plan.transport == "torch" and self.rendezvous is None:
+            raise ProtocolError(
+                f"{self.device} was not started for transport torch: whether its network is "
+                "trusted was not asked. Start its runner for that transport"
+            )
         torch.set_num_threads(max(1, load.num_threads))
         self._epoch = load.epoch
         self._shard = self._loaded = None
@@ -213,71 +288,125 @@ class Runner:
         if packed_for != self._packed_for:
             self._packed = {}
         self._packed_for = packed_for
-        loader = Loader(load, shard, self._packed, self._torch_device)
         # What the old plan alone needed is dropped before the new weights come in.
-        self._packed = loader.store.packed
-        for request in loader.first_requests():
-            self._send(request)
-        while not loader.is_complete:
-            received = self._next(0.25)
-            if self._should_end.is_set():
+        loader = Loader(load, shard, self._packed, self._torch_device, self._open_cache)
+        with loader:
+            self._packed = loader.store.packed
+            if not self._bring_in(loader):
                 return
+        shard.take(loader.store.packed)
+        self._shard, self._loaded = shard, load
+        self._send(
+            m.Loaded(
+                epoch=load.epoch,
+                weight_bytes=loader.packed_bytes,
+                received_bytes=loader.received_bytes,
+                cached_bytes=loader.cached_bytes,
+                local_bytes=loader.local_bytes,
+            )
+        )
+
+    def _open_cache(self) -> SliceCache:
+        return SliceCache(self._cache_folder, self._cache_limit_bytes)
+
+    def _bring_in(self, loader: Loader) -> bool:
+        """Load until every weight is there; False where this process is to end."""
+        while not loader.is_complete:
+            for request in loader.messages():
+                self._send(request)
+            is_busy = loader.work()
+            received = self._next(0 if is_busy else 0.25)
+            if self._should_end.is_set():
+                return False
             if received is None:
+                if not is_busy:
+                    loader.rest()
                 continue
             message, tensors = received
-            if isinstance(message, m.WeightSlice):
-                for reply in loader.take_slice(message, tensors):
-                    self._send(reply)
+            if isinstance(message, m.WeightSlice | m.SliceHashes):
+                loader.take(message, tensors)
             elif isinstance(message, m.Abort):
                 raise _AbortedError
             elif isinstance(message, m.Failed):
                 raise ProtocolError(message.message)
             elif isinstance(message, m.Shutdown):
                 self._should_end.set()
-                return
+                return False
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__} while loading")
-        shard.take(loader.store.packed)
-        self._shard, self._loaded = shard, load
-        self._send(m.Loaded(epoch=load.epoch, weight_bytes=loader.packed_bytes))
+        for progress in loader.messages():
+            self._send(progress)
+        return True
+
+    def _connect(self, message: m.Connect) -> None:
+        """Connect to the peers, and answer once all of them do.
+
+        Raises: WorkerLost: a peer does not.
+        """
+        shard, loaded = self._shard, self._loaded
+        if message.epoch <= self._aborted_epoch:
+            return
+        if shard is None or loaded is None or message.epoch != self._epoch:
+            raise ProtocolError(f"connect for epoch {message.epoch}, loaded is {self._epoch}")
+        links = self._connected(loaded, shard).exchange.links
+        figures = links.measure(self._wait)
+        self._send(m.Connected(epoch=message.epoch, links=figures))
 
     def _connected(self, load: m.Load, shard: ModelShard) -> Stepping:
         """What computes this epoch's steps, with its exchange.
 
-        Connections are made at the first step: by then every peer has the allow list of this
-        epoch, because the engine host has heard Loaded from all of them. A peer that refuses once
-        is not asked again by libzmq.
+        Connections are made when the engine host asks for them, or at the first step: by then
+        every peer has the allow list of this epoch, because the engine host has heard Loaded from
+        all of them. A peer that refuses once is not asked again by libzmq.
         """
         if self._stepping is not None:
             return self._stepping
-        outboxes: dict[int, Channel[Any]] = {}
-        for peer in load.peers:
-            socket = connect(
-                self._context, zmq.PUSH, self.keys, peer.public_key, peer.exchange_endpoint
-            )
-            outboxes[peer.device_index] = Channel(socket, m.HandOver)
+        devices = load.plan.devices
+        links = PeerLinks(
+            self._context,
+            self.keys,
+            self._inbox,
+            load.epoch,
+            load.device_index,
+            devices,
+            load.peers,
+        )
+        for monitor in links.monitors:
+            self._poller.register(monitor, zmq.POLLIN)
         device = self._torch_device
 
         def add(row: int, x: m.Array, total: m.Array) -> m.Array:
+            if not shard.has_post_norm(row):
+                return x + total
             parts = [to_tensor(array, device) for array in (x, total)]
             return shard.add(row, *parts).cpu().numpy()
 
-        exchange = Exchange(
-            load.epoch,
-            load.plan,
-            load.device_index,
-            load.config.width,
-            self._inbox,
-            outboxes,
-            self._wait,
-            add,
-        )
-        self._stepping = Stepping(shard, exchange, device, self._hear_host)
+        exchange: Collective
+        if load.plan.transport == "torch":
+            exchange = TorchExchange(
+                load.epoch,
+                load.plan,
+                load.device_index,
+                load.config.width,
+                links,
+                load.rendezvous,
+                self.rendezvous if load.device_index == load.plan.used_devices()[0] else None,
+                device,
+                self._wait,
+                add,
+            )
+        else:
+            exchange = Exchange(
+                load.epoch, load.plan, load.device_index, load.config.width, links, self._wait, add
+            )
+        self._stepping = Stepping(shard, exchange, device, self._between_rows)
         return self._stepping
 
     def _disconnect(self) -> None:
         """End the exchange of the epoch before."""
         if self._stepping is not None:
+            for monitor in self._stepping.exchange.links.monitors:
+                self._poller.unregister(monitor)
             self._stepping.exchange.close()
             self._stepping = None
 
@@ -297,7 +426,9 @@ class Runner:
         stepping = self._connected(loaded, shard)
         exchange = stepping.exchange
         self._step_id = step.step_id
-        exchange.begin_step(step.step_id)
+        self._row = self._reported_row = -1
+        self._step_reported_at = time.monotonic()
+        exchange.begin_step(step.step_id, step.kind)
         for operation in step.operations:
             if operation.action == "free":
                 shard.cache.free(operation.slot)
@@ -315,9 +446,18 @@ class Runner:
             sent_bytes=c.sent_bytes,
             received_bytes=c.received_bytes,
             cache_bytes=shard.cache.num_bytes,
+            links=c.links(),
+            figures=self._changed_figures(exchange.links),
         )
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)
+
+    def _changed_figures(self, links: PeerLinks) -> tuple[m.LinkFigures, ...]:
+        now = time.monotonic()
+        if now - self._links_reported_at < REPORT_SECONDS:
+            return ()
+        self._links_reported_at = now
+        return links.fresh_figures()
 
     def _fetch_logits(self, message: m.FetchLogits) -> None:
         last = self._last_answer

@@ -10,8 +10,12 @@ import logging
 import os
 import sys
 import threading
+from pathlib import Path
 
 from engine.cluster.processes import answer_address, end_with_parent, read_greeting
+from engine.weights.models import cache_folder
+
+CACHE_LIMIT_BYTES = 50_000_000_000
 
 
 def main() -> None:
@@ -23,14 +27,22 @@ def main() -> None:
 
     from engine.cluster.runner import Runner
 
+    exchange_endpoint = str(greeting.settings["exchange_endpoint"])
+    slices_folder = greeting.settings.get("cache_dir") or cache_folder() / "slices"
     runner = Runner(
         sys.argv[2],
         greeting.parent_key.encode("ascii"),
         str(greeting.settings["control_endpoint"]),
-        str(greeting.settings["exchange_endpoint"]),
+        exchange_endpoint,
         should_end,
+        exchange_endpoint if greeting.settings.get("transport") == "torch" else None,
+        Path(str(slices_folder)),
+        int(greeting.settings.get("cache_limit_bytes", CACHE_LIMIT_BYTES)),
     )
-    answer_address([runner.control_endpoint, runner.exchange_endpoint], runner.keys.public)
+    endpoints = [runner.control_endpoint, runner.exchange_endpoint]
+    if runner.rendezvous is not None:
+        endpoints.append(runner.rendezvous.endpoint)
+    answer_address(endpoints, runner.keys.public)
     try:
         runner.run()
     finally:

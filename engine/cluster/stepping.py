@@ -13,10 +13,15 @@ import numpy as np
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.exchange import Exchange
+from engine.cluster.collective import Collective
+from engine.cluster.pieces import Piece, cut_step, num_pieces
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.errors import ProtocolError
+from engine.kernels.torch_kernels import Batch
+from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
+from engine.model.view import LONGEST_STEP
+from engine.plan.plan import Plan
 
 MAX_STEP_TOKENS = 1 << 16
 
@@ -27,16 +32,17 @@ class Stepping:
     def __init__(
         self,
         shard: ModelShard,
-        exchange: Exchange,
+        exchange: Collective,
         device: torch.device,
-        between_rows: Callable[[], None],
+        between_rows: Callable[[int, StepKind], None],
     ) -> None:
-        """Args: between_rows: called in a prompt's steps; raises to give the step up."""
+        """Args: between_rows: called before each row with its index; raises to give the step up."""
         self.shard = shard
         self.exchange = exchange
         self._device = device
         self._between_rows = between_rows
         self._last_logits: torch.Tensor | None = None
+        self._stages = stages(shard.plan, exchange.device_index)
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
         """The tensors of a StepAnswer.
@@ -47,65 +53,99 @@ class Stepping:
         if not step.segments:
             return []
         shard, exchange = self.shard, self.exchange
-        plan, counters = shard.plan, exchange.counters
         num_tokens = _check_segments(step)
-        logit_rows = _logit_rows(step.segments)
-        check_wanted(step.logits, len(logit_rows))
-        me = exchange.device_index
-        x: torch.Tensor | None = None
-        if me in plan.group(0):
-            if len(tensors) != 1:
-                raise ProtocolError("a step for the first row needs its input embeddings")
-            m.expect_tensor(
-                tensors[0], "float32", (num_tokens, shard.config.width), "input embeddings"
-            )
-            x = to_tensor(tensors[0], self._device)
-        batch = shard.batch(step.kind, step.segments)
-        last_row = plan.shape.head_row - 1
-        rows = num_tokens
-        for row in range(plan.shape.head_row):
-            if step.kind == "prompt":  # A piece of a prompt takes long enough to be given up.
-                self._between_rows()
-            table = exchange.row(row)
-            partial: torch.Tensor | None = None
-            if table.contributes:
-                assert x is not None
-                started = time.perf_counter_ns()
-                partial = shard.part(row, x, batch)
-                if row == last_row:
-                    x, partial = x[logit_rows], partial[logit_rows]
-                if not table.is_local:
-                    # To the exchange's memory; on a GPU this waits until it has computed.
-                    x, partial = x.cpu(), partial.cpu()
-                counters.compute_ns += time.perf_counter_ns() - started
-            if row == last_row:
-                rows = len(logit_rows)
-                if not rows:
-                    return []
-            if table.is_local and table.contributes:
-                assert x is not None
-                assert partial is not None
-                x = shard.add(row, x, partial)
-            elif table.contributes or table.receives:
-                handed = exchange.hand_over(
-                    step.step_id,
-                    row,
-                    None if x is None else x.numpy(),
-                    None if partial is None else partial.numpy(),
-                    rows,
-                )
-                x = None if handed is None else to_tensor(handed, self._device)
-        if x is None:
+        check_wanted(step.logits, sum(len(s.logit_offsets) for s in step.segments))
+        x = self._embeddings(tensors, num_tokens)
+        pieces = cut_step(step.segments, num_pieces(shard.plan, step.kind, num_tokens))
+        batches = [shard.batch(step.kind, piece.segments) for piece in pieces]
+        streams = [None if x is None else x[p.first_token : p.end_token] for p in pieces]
+        for first_row, end_row in self._stages:
+            self._enter(first_row, pieces)
+            for n, piece in enumerate(pieces):
+                self._receive(first_row, n, piece, streams)
+                stream = streams[n]
+                assert stream is not None
+                streams[n] = self._work(first_row, end_row, n, piece, stream, batches[n])
+        head_row = shard.plan.shape.head_row
+        if exchange.device_index not in shard.plan.group(head_row):
+            return []
+        self._enter(head_row, pieces)
+        for n, piece in enumerate(pieces):
+            self._receive(head_row, n, piece, streams)
+        heads = [stream for stream in streams if stream is not None]
+        if not heads:
             return []
         started = time.perf_counter_ns()
-        self._last_logits = shard.logits(x)
+        self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
         answer = self._answer_tensors(step.logits, self._last_logits)
-        counters.compute_ns += time.perf_counter_ns() - started
+        exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
 
     def full_logits(self) -> m.Array | None:
         """All logits of the last step, float32 [N, shard rows]; None where there are none."""
         return None if self._last_logits is None else self._last_logits.float().cpu().numpy()
+
+    def _embeddings(self, tensors: list[m.Array], num_tokens: int) -> torch.Tensor | None:
+        """The input of the first row, for a device that has a share of it."""
+        if self.exchange.device_index not in self.shard.plan.group(0):
+            return None
+        if len(tensors) != 1:
+            raise ProtocolError("a step for the first row needs its input embeddings")
+        shape = (num_tokens, self.shard.config.width)
+        m.expect_tensor(tensors[0], "float32", shape, "input embeddings")
+        return to_tensor(tensors[0], self._device)
+
+    def _enter(self, row: int, pieces: list[Piece]) -> None:
+        """Where this device joins at a row, get ready for all pieces of the stream."""
+        if row == 0 or self.exchange.row(row - 1).contributes:
+            return
+        for n, piece in enumerate(pieces):
+            if count := self._num_crossing(row - 1, piece):
+                self.exchange.start(row - 1, n, None, None, count)
+
+    def _receive(self, row: int, n: int, piece: Piece, streams: list[torch.Tensor | None]) -> None:
+        """Put a piece's stream at the entry of a row, unless it is there already."""
+        if row == 0 or self.exchange.row(row - 1).is_local:
+            return
+        handed = None
+        if self._num_crossing(row - 1, piece):
+            handed = self.exchange.finish(row - 1, n)
+        streams[n] = None if handed is None else to_tensor(handed, self._device)
+
+    def _num_crossing(self, row: int, piece: Piece) -> int:
+        """Tokens of a piece that go on after a row: past the last layer only some are wanted."""
+        if row == self.shard.plan.shape.head_row - 1:
+            return len(piece.logit_rows)
+        return piece.end_token - piece.first_token
+
+    def _work(
+        self, first_row: int, end_row: int, n: int, piece: Piece, x: torch.Tensor, batch: Batch
+    ) -> torch.Tensor | None:
+        """This device's share of a stage's rows, for one piece; what leaves the stage is sent.
+
+        Returns: the stream after the last row where nothing is sent there; None without tokens.
+        """
+        shard, exchange = self.shard, self.exchange
+        for row in range(first_row, end_row):
+            self._between_rows(row, batch.kind)
+            is_last = row == shard.plan.shape.head_row - 1
+            if is_last and not piece.logit_rows:
+                return None  # Nobody asks for what the last MLP makes of these tokens.
+            started = time.perf_counter_ns()
+            partial = shard.part(row, x, batch)
+            if is_last:
+                rows = list(piece.logit_rows)
+                x, partial = x[rows], partial[rows]
+            is_local = exchange.row(row).is_local
+            if is_local:
+                x = shard.add(row, x, partial)
+            else:
+                # To the exchange's memory; on a GPU this waits until it has computed.
+                x, partial = x.cpu(), partial.cpu()
+            exchange.counters.compute_ns += time.perf_counter_ns() - started
+            if not is_local:
+                exchange.start(row, n, x.numpy(), partial.numpy(), x.shape[0])
+        return x
 
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
         if wanted.form == "full":
@@ -113,6 +153,24 @@ class Stepping:
         plan = self.shard.plan
         first, _end = plan.unit_range(plan.shape.head_row, self.exchange.device_index)
         return short_form(logits_NV, wanted, first)
+
+
+def stages(plan: Plan, device_index: int) -> list[tuple[int, int]]:
+    """Runs of rows [first, end) below the head that a device works without hearing from others.
+
+    A piece goes through a whole stage before the next one begins it: so the devices of the next
+    stage have work early.
+    """
+    found: list[tuple[int, int]] = []
+    for row in range(plan.shape.head_row):
+        if device_index not in plan.group(row):
+            continue
+        goes_on = found and found[-1][1] == row and plan.group(row) == plan.group(row - 1)
+        if goes_on and len(plan.group(row)) == 1:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return found
 
 
 def to_tensor(array: m.Array, device: torch.device) -> torch.Tensor:
@@ -134,19 +192,16 @@ def _check_segments(step: m.Step) -> int:
                 f"slot {segment.slot}: {segment.token_count} tokens at position "
                 f"{segment.first_position}"
             )
+        if segment.token_count > LONGEST_STEP:
+            raise ProtocolError(
+                f"slot {segment.slot}: {segment.token_count:,} tokens in one step, at most "
+                f"{LONGEST_STEP:,} fit"
+            )
         if any(not 0 <= offset < segment.token_count for offset in segment.logit_offsets):
             raise ProtocolError(f"slot {segment.slot}: a logits offset is outside the segment")
+        if list(segment.logit_offsets) != sorted(segment.logit_offsets):
+            raise ProtocolError(f"slot {segment.slot}: its logits offsets do not ascend")
     num_tokens = sum(segment.token_count for segment in step.segments)
     if num_tokens > MAX_STEP_TOKENS:
         raise ProtocolError(f"a step of {num_tokens:,} tokens exceeds {MAX_STEP_TOKENS:,}")
     return num_tokens
-
-
-def _logit_rows(segments: tuple[m.Segment, ...]) -> list[int]:
-    """Rows of a step's batch whose logits are wanted."""
-    rows: list[int] = []
-    start = 0
-    for segment in segments:
-        rows += [start + offset for offset in segment.logit_offsets]
-        start += segment.token_count
-    return rows

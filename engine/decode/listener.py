@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.cluster import messages as m
+from engine.cluster.coordinator import LoadRequest, PlanLoaded
 from engine.decode.sequence import DeviceTotals, Sequence
-from engine.errors import EngineError
+from engine.errors import EngineError, WorkerLost
 from engine.plan.plan import Plan
 
 
@@ -32,8 +33,14 @@ class Listener(Protocol):
     def on_logits(self, request_id: int, first_position: int, rows: m.Array) -> None:
         """Logits of some prompt positions, float32 [n, vocab]."""
 
-    def on_plan(self, request_id: int, epoch: int, plan: Plan) -> None:
+    def on_plan(self, request_id: int, load: LoadRequest, loaded: PlanLoaded) -> None:
         """A plan is in force."""
+
+    def on_plan_interrupted(self, error: WorkerLost) -> None:
+        """A device was lost, also one of a plan that was being loaded; requests wait for another.
+
+        `put_plan` or `drop_plan` must follow.
+        """
 
     def on_plan_lost(self, error: EngineError) -> None:
         """The plan in force can no longer run."""

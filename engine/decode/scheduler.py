@@ -20,10 +20,10 @@ from engine.cluster.coordinator import (
     Coordinator,
     DeviceAnswer,
     LoadRequest,
-    RunnerAddress,
     StepAborted,
     StepFailed,
 )
+from engine.cluster.runner_links import RunnerAddress
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
 from engine.decode.logit_changes import LogitChanges
@@ -31,9 +31,10 @@ from engine.decode.pace import Pace
 from engine.decode.sampling import all_candidates
 from engine.decode.sequence import Sequence
 from engine.decode.slots import Slots
-from engine.errors import EngineError, PlanError
+from engine.errors import EngineError, PlanError, WorkerLost
 from engine.model.batch import Segment, StepKind
 from engine.model.view import can_truncate
+from engine.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,10 @@ class Scheduler:
         self._listener = listener
         self._should_end = False
         self._load: LoadRequest | None = None
+        # The last one in force: what finished requests are told they were computed with.
+        self._plan: Plan | None = None
+        # Between the loss of a device and the plan that goes on without it.
+        self._is_interrupted = False
         self._embeddings: EmbeddingSource | None = None
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -146,7 +151,11 @@ class Scheduler:
                 self._drop_cancelled()
                 try:
                     self._work()
+                except WorkerLost as error:
+                    self._interrupt()
+                    self._listener.on_plan_interrupted(error)
                 except EngineError as error:
+                    self._coordinator.abort()
                     self._plan_lost(error)
                 except Exception as error:
                     logger.exception("while computing a step")
@@ -174,17 +183,23 @@ class Scheduler:
             elif isinstance(command, _DropPlan):
                 self._coordinator.abort()
                 self._load = None
+                self._is_interrupted = False
                 self._fail_all(command.reason)
                 command.done.set()
 
-    def _put_plan(self, command: _PutPlan) -> None:
-        listener = self._listener
-        # Tokens stay; their KV is computed anew under the new plan.
+    def _interrupt(self) -> None:
+        """No plan is in force for now. Tokens stay; their KV will be computed anew."""
+        self._load = None
+        self._is_interrupted = True
         self._waiting = self._running + self._waiting
         self._running = []
         self._operations = []
         for sequence in self._waiting:
             sequence.leave_seat()
+
+    def _put_plan(self, command: _PutPlan) -> None:
+        listener = self._listener
+        self._interrupt()
 
         def on_progress(device: str, done: int, total: int) -> None:
             listener.on_load_progress(command.request_id, device, done, total)
@@ -193,13 +208,17 @@ class Scheduler:
             return self._should_end or command.request_id in self._cancelled
 
         try:
-            self._coordinator.load(command.load, command.runners, on_progress, should_stop)
+            loaded = self._coordinator.load(command.load, command.runners, on_progress, should_stop)
+        except WorkerLost as error:
+            listener.on_plan_interrupted(error)
+            return
         except EngineError as error:
-            self._load = None
+            self._is_interrupted = False
             listener.on_failed(command.request_id, error)
             self._fail_all(error)
             return
-        self._load = command.load
+        self._load, self._plan = command.load, command.load.plan
+        self._is_interrupted = False
         self._embeddings = command.embeddings
         self._step_id = 0
         self._pace.forget()
@@ -208,7 +227,7 @@ class Scheduler:
             command.load.kept_positions,
             lambda written, length: can_truncate(config, window, written, length),
         )
-        listener.on_plan(command.request_id, command.load.epoch, command.load.plan)
+        listener.on_plan(command.request_id, command.load, loaded)
 
     def _drop_cancelled(self) -> None:
         if not self._cancelled:
@@ -234,7 +253,7 @@ class Scheduler:
     def _work(self) -> None:
         """One step, if there is anything to do."""
         if self._load is None:
-            if self._waiting:
+            if self._waiting and not self._is_interrupted:
                 self._fail_all(PlanError("no plan is in force; open a model and apply a plan"))
             return
         self._coordinator.check()
@@ -396,8 +415,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None
         self._drop(sequence)
-        if self._load is not None:
-            self._listener.on_finished(sequence, self._load.plan)
+        if self._plan is not None:
+            self._listener.on_finished(sequence, self._plan)
         else:
             self._listener.on_failed(sequence.request_id, PlanError("no plan is in force"))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import zmq
 
-from engine.cluster.coordinator import Coordinator
+from engine.cluster.coordinator import Coordinator, LoadRequest, PlanLoaded
 from engine.cluster.identity import TrustedPeers, config_dir, load_identity
 from engine.cluster.messages import Array, Message
 from engine.cluster.security import Gatekeeper
@@ -99,7 +99,9 @@ class EngineHost:
         self._node_calls = NodeCalls(
             self._context, self.keys, self._nodes, self._send, self._end, self._fail
         )
-        self._application = PlanApplication(self._nodes, self.scheduler, self._send, self._fail)
+        self._application = PlanApplication(
+            self._nodes, self.scheduler, self._report, self._fail, self._forget_plan
+        )
         self._nodes.neighbours.start(self._call_soon)
         self._nodes.start_local(THIS_NODE)
 
@@ -319,7 +321,7 @@ class EngineHost:
     # ---- main thread: model and plan ---------------------------------------------------------
 
     def _take_model(self, model: OpenedModel, call: api.OpenModel) -> None:
-        self._application.abandon(PlanError("another model was opened"))
+        self._application.forget(PlanError("another model was opened"))
         if self._model is not None:
             self._model.close()
         self._model = model
@@ -389,12 +391,9 @@ class EngineHost:
         """A request, or putting a plan in force, ended with an error."""
 
         def tell() -> None:
-            if self._application.end(request_id):
-                self._nodes.drop_runner(error)
-                if self._plan is not None:
-                    # The plan before this one gave way when loading began.
-                    self._plan = None
-                    self._broadcast(api.PlanLost(message=str(error)))
+            # The plan before this one gave way when loading began.
+            if self._application.failed(request_id):
+                self._forget_plan(error)
             self._fail(request_id, error)
 
         self._call_soon(tell)
@@ -404,17 +403,36 @@ class EngineHost:
         event = api.LogitsRows(request_id=request_id, first_position=first_position)
         self._call_soon(lambda: self._send(request_id, event, [rows]))
 
-    def on_plan(self, request_id: int, epoch: int, plan: Plan) -> None:
+    def on_plan(self, request_id: int, load: LoadRequest, loaded: PlanLoaded) -> None:
         """A plan is in force."""
+        plan = load.plan
 
         def tell() -> None:
-            self._application.end(request_id)
+            self._application.in_force()
             self._plan = plan
             self._nodes.stop_runners_except({plan.devices[i] for i in plan.used_devices()})
             self._broadcast(
-                api.PlanApplied(epoch=epoch, plan=plan, memory=self._application.memory)
+                api.PlanApplied(
+                    epoch=load.epoch,
+                    plan=plan,
+                    memory=self._application.memory,
+                    loaded=_sources(loaded),
+                    links=_links(loaded),
+                    note=self._application.note,
+                )
             )
             self._end(request_id, api.Done(request_id=request_id))
+            self._send_nodes()
+
+        self._call_soon(tell)
+
+    def on_plan_interrupted(self, error: WorkerLost) -> None:
+        """A device was lost; requests wait for another plan."""
+
+        def tell() -> None:
+            self._nodes.drop_runner(error)
+            self._broadcast(api.PlanInterrupted(message=str(error)))
+            self._application.recover(error)
             self._send_nodes()
 
         self._call_soon(tell)
@@ -423,19 +441,31 @@ class EngineHost:
         """The plan in force can no longer run."""
 
         def tell() -> None:
-            self._plan = None
-            self._nodes.drop_runner(error)
-            self._broadcast(api.PlanLost(message=str(error)))
-            self._send_nodes()
+            self._application.forget(error)
+            self._forget_plan(error)
 
         self._call_soon(tell)
+
+    def _forget_plan(self, error: EngineError) -> None:
+        self._nodes.drop_runner(error)
+        if self._plan is not None:
+            self._plan = None
+            self._broadcast(api.PlanLost(message=str(error)))
+        self._send_nodes()
+
+    def _report(self, request_id: int, event: Message) -> None:
+        """Progress of a plan; everyone hears of one that nobody asked for."""
+        if request_id:
+            self._send(request_id, event)
+        else:
+            self._broadcast(event)
 
     def on_load_progress(self, request_id: int, device: str, done: int, total: int) -> None:
         """Weights on their way."""
         event = api.Progress(
             request_id=request_id, phase="weights", subject=device, done=done, total=total
         )
-        self._call_soon(lambda: self._send(request_id, event))
+        self._call_soon(lambda: self._report(request_id, event))
 
     def on_measured(self, measured: Measured) -> None:
         """What the steps since the last call did."""
@@ -456,6 +486,32 @@ class EngineHost:
 
 def _cancelled_early() -> Cancelled:
     return Cancelled("the request was cancelled before it began")
+
+
+def _sources(loaded: PlanLoaded) -> tuple[api.LoadedBytes, ...]:
+    """Where each device's weights came from."""
+    return tuple(
+        api.LoadedBytes(
+            device=device,
+            received=message.received_bytes,
+            cached=message.cached_bytes,
+            local=message.local_bytes,
+        )
+        for device, message in loaded.devices.items()
+    )
+
+
+def _links(loaded: PlanLoaded) -> tuple[api.Link, ...]:
+    """The links of a plan."""
+    return tuple(
+        api.Link(
+            from_device=first,
+            to_device=second,
+            round_trip_seconds=figures.round_trip_seconds,
+            bytes_per_second=figures.bytes_per_second,
+        )
+        for (first, second), figures in loaded.links.items()
+    )
 
 
 def _usage(totals: dict[str, DeviceTotals]) -> tuple[api.DeviceUsage, ...]:

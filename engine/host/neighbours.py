@@ -51,7 +51,7 @@ class Neighbours:
         context: zmq.Context[Any],
         keys: KeyPair,
         trusted: TrustedPeers,
-        host_name: str,
+        hello: m.Hello,
         nodes: dict[str, Node],
         lose: Callable[[Node, str], None],
         on_change: Callable[[], None],
@@ -67,7 +67,7 @@ class Neighbours:
         self._context = context
         self._keys = keys
         self._trusted = trusted
-        self._host_name = host_name
+        self._hello = hello
         self._nodes = nodes
         self._lose = lose
         self._on_change = on_change
@@ -224,7 +224,7 @@ class Neighbours:
                 if now >= node.next_attempt_at and (node.is_trusted or node.is_enrolling):
                     self._attempt(node, now)
             elif is_time_for_hello and node.attempt_until is None:
-                self._tell(node, m.Hello(host_name=self._host_name))
+                self._tell(node, self._hello)
                 self._tell(node, node.next_ping(time.monotonic()))
 
     def take(self, node: Node, message: m.Message) -> bool:
@@ -248,7 +248,7 @@ class Neighbours:
             self._lose(node, f"busy with {one_line(message.holder, 100)}")
         elif isinstance(message, m.Failed):
             self.failed(node, one_line(message.message))
-        elif isinstance(message, m.Pong):
+        elif isinstance(message, m.ProbeAnswer):
             node.take_pong(message, time.monotonic())
         else:
             return False
@@ -276,10 +276,10 @@ class Neighbours:
             endpoint = node.announced
         node.attempted_at = now
         keys = self._keys
-        first: m.Message = m.Hello(host_name=self._host_name)
+        first: m.Message = self._hello
         if node.is_enrolling and node.token is not None:
             keys = node.token.guest
-            first = m.Enroll(public_key=self._keys.public, host_name=self._host_name)
+            first = m.Enroll(public_key=self._keys.public, host_name=self._hello.host_name)
         try:
             node.connect(self._context, keys, endpoint)
         except EngineError as error:

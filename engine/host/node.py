@@ -14,23 +14,31 @@ from msgspec.structs import replace
 
 from engine.cluster import messages as m
 from engine.cluster.connection_watch import Connection, ConnectionWatch
-from engine.cluster.coordinator import RunnerAddress
 from engine.cluster.join_token import JoinToken
 from engine.cluster.processes import Child
+from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, connect, connect_once
 from engine.host.messages import NodeDevice, NodeState, NodeStateName
+from engine.plan.plan import Transport
 
 # How many measurements of the round trip the smallest is taken of: the others waited for something.
 ROUND_TRIPS = 8
 MAX_UNANSWERED = 16
 
 
+class Wanted(NamedTuple):
+    """What a runner was asked for at its start."""
+
+    listen_address: str
+    transport: Transport
+
+
 class Runner(NamedTuple):
-    """A runner that listens; `listen_address` is what it was asked to listen on."""
+    """A runner that listens."""
 
     address: RunnerAddress
-    listen_address: str
+    wanted: Wanted
     pid: int
 
 
@@ -44,7 +52,7 @@ class Node:
         announced: where discovery says that it listens; "" where it says nothing.
         is_trusted: it is ours, paired with, or let in by its token.
         is_named_here: its name was made up here, because it has not said its own yet.
-        starting: devices whose runner is on its way, with the address it was asked to listen on.
+        starting: devices whose runner is on its way, with what it was asked for.
         dialled: where the line goes, or went last.
         attempt_until: when an attempt to connect is given up; None while there is none.
         attempted_at, next_attempt_at: when the last one began, when to try again.
@@ -74,7 +82,7 @@ class Node:
         self.speeds: tuple[m.DeviceSpeed, ...] = ()
         self.heard_at = time.monotonic()
         self.runners: dict[str, Runner] = {}
-        self.starting: dict[str, str] = {}
+        self.starting: dict[str, Wanted] = {}
         self.channel: Channel[Any] | None = None
         self.child: Child | None = None
         self.attempt_until: float | None = None
@@ -138,15 +146,15 @@ class Node:
 
     # ---- the round trip ----------------------------------------------------------------------
 
-    def next_ping(self, now: float) -> m.Ping:
+    def next_ping(self, now: float) -> m.Probe:
         """A message that times the way there and back."""
         self._num_pings += 1
         self._pings[self._num_pings] = now
         if len(self._pings) > MAX_UNANSWERED:
             del self._pings[min(self._pings)]
-        return m.Ping(number=self._num_pings)
+        return m.Probe(number=self._num_pings)
 
-    def take_pong(self, message: m.Pong, now: float) -> None:
+    def take_pong(self, message: m.ProbeAnswer, now: float) -> None:
         """Its answer; one that was not asked for changes nothing."""
         sent_at = self._pings.pop(message.number, None)
         if sent_at is not None:

@@ -18,14 +18,16 @@ from typing import Any
 import zmq
 
 from engine.cluster import messages as m
-from engine.cluster.coordinator import RunnerAddress
 from engine.cluster.identity import TrustedPeers
 from engine.cluster.processes import Address, Child, Greeting
+from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import KeyPair
 from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
 from engine.host.messages import NodeState
 from engine.host.neighbours import RETRY_SECONDS, Neighbours
-from engine.host.node import Node, Runner
+from engine.host.node import Node, Runner, Wanted
+from engine.host.telemetry_rate import wanted_hz
+from engine.plan.plan import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,9 @@ class Nodes:
         self._is_closing = False
         self._enders: list[threading.Thread] = []
         self.host_name = socket.gethostname()
+        self._hello = m.Hello(host_name=self.host_name, telemetry_hz=wanted_hz())
         self.neighbours = Neighbours(
-            context, keys, trusted, self.host_name, self._nodes, self._lose, on_change
+            context, keys, trusted, self._hello, self._nodes, self._lose, on_change
         )
 
     # ---- adding ------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ class Nodes:
         if self._is_closing:
             return
         node.connect_child(self._context, address.public_key.encode("ascii"), address.endpoints[0])
-        self._tell(node, m.Hello(host_name=self.host_name))
+        self._tell(node, self._hello)
         self._on_change()
 
     def _tell(self, node: Node, message: m.Message) -> None:
@@ -190,15 +193,16 @@ class Nodes:
             node.speeds = message.devices
         elif isinstance(message, m.RunnerStarted):
             device = node.own_name(message.device)
-            listen_address = node.starting.pop(device, "")
             address = RunnerAddress(
                 device,
                 message.control_endpoint,
                 message.exchange_endpoint,
                 message.public_key,
                 node.keys,
+                message.rendezvous,
             )
-            node.runners[device] = Runner(address, listen_address, message.pid)
+            wanted = node.starting.pop(device, Wanted("", "zmq"))
+            node.runners[device] = Runner(address, wanted, message.pid)
             self._on_change()
         elif isinstance(message, m.RunnerExited):
             device = node.own_name(message.device)
@@ -265,21 +269,25 @@ class Nodes:
             (d for d in node.description.devices if d.device.rpartition("/")[2] == kind), None
         )
 
-    def start_runner(self, device: str, listen_address: str) -> None:
-        """Start a device's runner, or restart it where it listens elsewhere."""
+    def start_runner(self, device: str, listen_address: str, transport: Transport) -> None:
+        """Start a device's runner, or restart it where it listens elsewhere or otherwise."""
         node = self.node_of(device)
         assert node is not None
         assert node.description is not None
         kind = device.rpartition("/")[2]
         worker_name = f"{node.description.name}/{kind}"
+        wanted = Wanted(listen_address, transport)
         if device in node.runners:
-            if node.runners[device].listen_address == listen_address:
+            if node.runners[device].wanted == wanted:
                 return
             del node.runners[device]
             self._tell(node, m.StopRunner(device=worker_name))
         if device not in node.starting:
-            node.starting[device] = listen_address
-            self._tell(node, m.StartRunner(device=worker_name, listen_address=listen_address))
+            node.starting[device] = wanted
+            start = m.StartRunner(
+                device=worker_name, listen_address=listen_address, transport=transport
+            )
+            self._tell(node, start)
 
     def stop_runners_except(self, devices: set[str]) -> None:
         """Free the memory of devices that have no share."""
@@ -307,6 +315,12 @@ class Nodes:
         if node is None or device not in node.runners:
             return None
         return node.runners[device].address
+
+    def ready_devices(self) -> list[str]:
+        """Devices that could take a share at once, this computer's first."""
+        ready = [node for node in self._nodes.values() if node.state == "ready"]
+        ready.sort(key=lambda node: node.name != THIS_NODE)
+        return [node.own_name(device) for node in ready for device in node.devices()]
 
     def names(self) -> list[str]:
         """Nodes that may be used, in order of joining."""

@@ -14,7 +14,7 @@ from engine.model.batch import INT8_GROUP, ComputeDtype
 from engine.model.config import CacheDtype, ModelConfig
 from engine.model.share_keys import WeightKey, kv_heads_of, post_norm_key, row_keys
 from engine.model.view import cache_bytes
-from engine.plan.plan import Plan
+from engine.plan.plan import Plan, PlanShape
 from engine.weights.formats import TensorInfo
 
 
@@ -88,6 +88,28 @@ def plan_memory(
         plan.devices[index]: share_memory(config, plan, index, tensors, dtype, kv_window, kv_dtype)
         for index in plan.used_devices()
     }
+
+
+def row_memory(
+    config: ModelConfig,
+    shape: PlanShape,
+    tensors: Mapping[str, TensorInfo],
+    dtype: ComputeDtype,
+    kv_window: int,
+    kv_dtype: CacheDtype,
+) -> list[int]:
+    """Bytes of each whole plan row: weights, and keys and values of one conversation."""
+    alone = Plan(shape, ("all",), tuple((shape.num_quanta(row),) for row in range(shape.num_rows)))
+    heads = kv_heads_of(alone, 0)
+    sizes: list[int] = []
+    for row in range(shape.num_rows):
+        keys = row_keys(config, alone, row, 0).values()
+        size = sum(_weight_bytes(key, tensors, dtype) for key in keys)
+        layer = shape.row_layer(row)
+        if shape.row_kind(row) == "attention" and layer is not None and layer in heads:
+            size += cache_bytes(config, {layer: heads[layer]}, kv_window, kv_dtype, kv_window)
+        sizes.append(size)
+    return sizes
 
 
 def check_memory(

@@ -104,6 +104,10 @@ class ModelShard:
             total = rms_norm(total, norm, self.config.norm_epsilon)
         return x + total
 
+    def has_post_norm(self, row: int) -> bool:
+        """Whether `add` norms the sum of a row first."""
+        return row in self._post_norms
+
     def logits(self, x_NW: Tensor) -> Tensor:
         """Raw logits [N, rows] of this device's vocabulary rows."""
         share = self._shares[self.plan.shape.head_row]

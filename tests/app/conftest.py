@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from PySide6.QtWidgets import QApplication
 
@@ -80,6 +82,26 @@ def node(name: str, state: str = "ready", devices: tuple[str, ...] = ("cpu",)) -
         memory_used_bytes=1_000_000_000,
         memory_total_bytes=8_000_000_000,
     )
+
+
+def remote_node(
+    name: str, state: str = "ready", devices: tuple[str, ...] = ("cpu",), **more: Any
+) -> api.NodeState:
+    """A node on another computer, of which nothing is measured but what is given."""
+    bare = msgspec.structs.replace(
+        node(name, state, devices),
+        kind="remote",
+        host_name=f"{name}.local",
+        reason="",
+        cpu_percent=None,
+        memory_used_bytes=None,
+        memory_total_bytes=None,
+        key=f"key of {name}",
+        endpoint=f"tcp://{name}.local:47500",
+    )
+    if state in ("discovered", "pairing"):
+        bare = msgspec.structs.replace(bare, devices=(), processes=())
+    return msgspec.structs.replace(bare, **more)
 
 
 def model_opened(request_id: int, config: ModelConfig = CONFIG) -> api.ModelOpened:

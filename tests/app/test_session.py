@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from app.session import Session, without_idle_devices
+from app.plan_facts import without_idle_devices
+from app.session import Session
 from app.stages import Stage, StartOptions
 from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape

@@ -27,7 +27,6 @@ QUESTION = "Name three rivers."
 NUM_TOKENS = 32
 START_MS = 90_000
 ANSWER_MS = 60_000
-LOSS_SECONDS = 5.0
 END_SECONDS = 3.0
 # A runner hears of its window's end once its imports are done.
 RUNNER_BYTES = 200_000_000
@@ -140,28 +139,27 @@ def test_a_split_between_three_nodes_gives_the_same_answer(desk: Desk, qtbot: Qt
     )
 
 
-def test_a_killed_runner_is_named_and_the_window_lives(desk: Desk, qtbot: QtBot) -> None:
+def test_an_answer_goes_on_in_the_window_without_a_killed_runner(desk: Desk, qtbot: QtBot) -> None:
     _split_between_three(desk, qtbot)
     window = desk.window
     window.conversation.settings = ChatSettings(temperature=0.0, max_tokens=2000)
     window.conversation.send("Write a very long story about a river.")
-    qtbot.waitUntil(lambda: len(window.conversation.messages[1].text) > 20, timeout=ANSWER_MS)
+    answer = window.conversation.messages[1]
+    qtbot.waitUntil(lambda: len(answer.text) > 20, timeout=ANSWER_MS)
     _runner("local-1/cpu").kill()
-    started = time.monotonic()
+    qtbot.waitUntil(lambda: answer.pause is not None, timeout=ANSWER_MS)
+    assert answer.pause is not None
+    assert "local-1/cpu" in answer.pause.reason
+    assert "layers 0-9" in answer.pause.reason
+    qtbot.waitUntil(lambda: bool(answer.notes), timeout=ANSWER_MS)
+    assert "without local-1" in answer.notes[0]
+    assert not answer.error
+    length = len(answer.text)
+    qtbot.waitUntil(lambda: len(answer.text) > length + 20, timeout=ANSWER_MS)
+    window.conversation.stop()
     qtbot.waitUntil(lambda: not window.conversation.is_answering, timeout=ANSWER_MS)
-    assert time.monotonic() - started < LOSS_SECONDS
-    error = window.conversation.messages[1].error
-    assert "local-1/cpu" in error
-    assert "layers 0-9" in error
-    assert error in window.chat_page.view.toPlainText()
-    assert window.isVisible()
-
-    button = window.findChild(QPushButton, "chatBannerButton")
-    assert button is not None
-    qtbot.waitUntil(lambda: desk.session.trouble is not None, timeout=5000)
     window.show_page(0)
-    qtbot.mouseClick(button, Qt.MouseButton.LeftButton)
-    _wait_for_plan(desk, qtbot)
+    assert answer.notes[0] in window.chat_page.view.toPlainText()
     window.conversation.new_chat()
     window.conversation.settings = ChatSettings(temperature=0.0, max_tokens=NUM_TOKENS)
     assert _ask(desk, qtbot).state == "done"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from engine.cluster.exchange import from_wire, to_wire
+from engine.cluster.wire_format import from_wire, to_wire
 
 arrays = hnp.arrays(
     np.float32, hnp.array_shapes(max_dims=2), elements=st.floats(width=32, allow_nan=True)

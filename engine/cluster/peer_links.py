@@ -1,0 +1,239 @@
+"""A runner's sockets to its peers for one epoch: sending, pinging, measuring, and noticing a loss.
+
+In: the peers of a plan and the runner's inbox. Out: hand-overs as they come, figures of each link,
+and `WorkerLost` that names the peer whose connection broke. What a hand-over means is not known
+here. It belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.utils.monitor
+
+from engine.cluster import messages as m
+from engine.cluster.link_estimate import LinkEstimate
+from engine.cluster.security import KeyPair
+from engine.cluster.transport import Channel, Received, connect
+from engine.errors import ProtocolError, WorkerLost
+
+ANSWER_SECONDS = 5.0
+NUM_PINGS = 10
+# Transfers grow until two took this long, or had this many bytes; one alone may have been unlucky.
+TRANSFER_SECONDS = 0.02
+LARGEST_TRANSFER = 8 << 20
+_FIRST_TRANSFER = 64 << 10
+_LOSSES = {
+    zmq.EVENT_DISCONNECTED: "its connection broke, or it is frozen",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it does not finish the handshake",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it breaks the rules of the handshake",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused this device's key",
+}
+
+Wait = Callable[[float], None]
+
+
+class PeerLinks:
+    """The links of one device to all others of its plan."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        keys: KeyPair,
+        inbox: Channel[Any],
+        epoch: int,
+        device_index: int,
+        devices: Sequence[str],
+        peers: Sequence[m.Peer],
+    ) -> None:
+        """Begin to connect.
+
+        Args:
+            inbox: takes EXCHANGE_ACCEPTS; it stays the caller's.
+            devices: names of the plan's columns.
+        Raises: ProtocolError: a peer's endpoint or key is none.
+        """
+        self._inbox = inbox
+        self._epoch = epoch
+        self._index = device_index
+        self._devices = devices
+        self._outboxes: dict[int, Channel[Any]] = {}
+        self._monitors: dict[int, zmq.Socket[Any]] = {}
+        self._losses: dict[int, str] = {}
+        self._estimates: dict[int, LinkEstimate] = {}
+        # The last answer to a ping: its bytes, and when it came.
+        self._pongs: deque[tuple[m.Pong, int, int]] = deque(maxlen=1)
+        for peer in peers:
+            socket = connect(context, zmq.PUSH, keys, peer.public_key, peer.exchange_endpoint)
+            self._outboxes[peer.device_index] = Channel(socket, m.HandOver)
+            self._monitors[peer.device_index] = socket.get_monitor_socket(sum(_LOSSES))
+            self._estimates[peer.device_index] = LinkEstimate()
+
+    @property
+    def monitors(self) -> list[zmq.Socket[Any]]:
+        """Sockets that wake whoever polls them when a connection breaks; `note_losses` reads."""
+        return list(self._monitors.values())
+
+    def note_losses(self) -> None:
+        """Remember the connections that broke."""
+        for index, monitor in self._monitors.items():
+            while monitor.poll(0):
+                event = zmq.utils.monitor.recv_monitor_message(monitor)
+                self._losses.setdefault(index, _LOSSES[zmq.Event(event["event"])])
+
+    def check(self) -> None:
+        """Raise if a connection is known to have broken: what was on its way then is gone.
+
+        Raises: WorkerLost: names the peer.
+        """
+        for index, reason in self._losses.items():
+            raise self.lost(index, reason)
+
+    def lost(self, index: int, reason: str) -> WorkerLost:
+        """The error that says that a peer cannot be reached."""
+        device = self._devices[index]
+        error = WorkerLost(
+            f"{self._devices[self._index]} needs {device} and cannot reach it: {reason}. Apply the "
+            "plan again, or choose one without it"
+        )
+        error.device = device
+        return error
+
+    def stamp(self, index: int) -> tuple[int, int | None]:
+        """This end's clock, and what a hand-over tells a peer of its earlier ones."""
+        return time.monotonic_ns(), self._estimates[index].heard_ns
+
+    def send(self, index: int, message: m.Message, tensors: Sequence[m.Array] = ()) -> int:
+        """Queue a message to a peer.
+
+        Returns: bytes of all frames.
+        Raises: WorkerLost: names the peer, which has read nothing for a thousand messages.
+        """
+        try:
+            return self._outboxes[index].send(message, tensors)
+        except WorkerLost as error:
+            raise self.lost(index, str(error)) from error
+
+    def receive(self, *, was_waited_for: bool) -> Received[m.HandOver] | None:
+        """The next hand-over of this epoch, if one is there; pings on the way are answered.
+
+        Args:
+            was_waited_for: whether this thread was waiting when it came, so that its arrival is
+                now and says something about the link.
+        Raises: ProtocolError, PeerRefused: a peer sent something else.
+        """
+        while True:
+            received = self._inbox.receive(0)
+            if received is None:
+                return None
+            message = received.message
+            if message.epoch != self._epoch:
+                continue  # Late, from a plan that is no longer in force.
+            index = message.device_index
+            if index not in self._outboxes:
+                raise ProtocolError(
+                    f"{type(message).__name__} from device {index}, which is no peer of this plan"
+                )
+            if isinstance(message, m.HandOver):
+                if was_waited_for:
+                    self._estimates[index].take_message(
+                        sum(tensor.nbytes for tensor in received.tensors),
+                        message.sent_ns,
+                        time.monotonic_ns(),
+                        message.heard_ns,
+                    )
+                return received
+            if isinstance(message, m.Ping):
+                self._answer(message)
+            else:
+                arrived = sum(tensor.nbytes for tensor in received.tensors)
+                self._pongs.append((message, arrived, time.perf_counter_ns()))
+
+    def measure(self, wait: Wait) -> tuple[m.LinkFigures, ...]:
+        """Prove that every peer hears this device and is heard, and measure the links.
+
+        Args:
+            wait: returns when the inbox may hold something; takes seconds at most.
+        Raises: WorkerLost: names the first peer that did not answer in ANSWER_SECONDS.
+        """
+        # Everyone begins with the device after itself, so that not all ask the same one at once.
+        after = sorted(self._outboxes, key=lambda index: (index < self._index, index))
+        for index in after:
+            estimate = self._estimates[index]
+            for number in range(NUM_PINGS):
+                estimate.take_ping(self._ping(index, number, 0, wait))
+            num_bytes, num_telling = _FIRST_TRANSFER, 0
+            while num_telling < 2:
+                seconds = self._ping(index, num_bytes, num_bytes, wait)
+                estimate.take_transfer(num_bytes, seconds)
+                if seconds >= TRANSFER_SECONDS or num_bytes == LARGEST_TRANSFER:
+                    num_telling += 1
+                else:
+                    num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)
+        return self._figures(self._estimates)
+
+    def fresh_figures(self) -> tuple[m.LinkFigures, ...]:
+        """Links whose figures the traffic has changed since this was last called."""
+        fresh = {index: e for index, e in self._estimates.items() if e.is_fresh}
+        for estimate in fresh.values():
+            estimate.is_fresh = False
+        return self._figures(fresh)
+
+    def close(self) -> None:
+        """Close the sockets to the peers."""
+        for index, outbox in self._outboxes.items():
+            outbox.socket.disable_monitor()
+            self._monitors[index].close(linger=0)
+            outbox.close()
+
+    @staticmethod
+    def _figures(estimates: dict[int, LinkEstimate]) -> tuple[m.LinkFigures, ...]:
+        return tuple(
+            m.LinkFigures(
+                device_index=index,
+                round_trip_seconds=estimate.round_trip_seconds,
+                bytes_per_second=estimate.bytes_per_second,
+            )
+            for index, estimate in estimates.items()
+        )
+
+    def _ping(self, index: int, number: int, reply_bytes: int, wait: Wait) -> float:
+        """Seconds until a peer's answer was here."""
+        self._pongs.clear()
+        ping = m.Ping(
+            epoch=self._epoch, device_index=self._index, number=number, reply_bytes=reply_bytes
+        )
+        started = time.perf_counter_ns()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        self.send(index, ping)
+        while True:
+            received = self.receive(was_waited_for=False)
+            if received is not None:
+                raise ProtocolError(
+                    f"{self._devices[received.message.device_index]} handed over before the step"
+                )
+            while self._pongs:
+                pong, arrived, arrived_ns = self._pongs.pop()
+                if (pong.device_index, pong.number, arrived) == (index, number, reply_bytes):
+                    return (arrived_ns - started) * 1e-9
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise self.lost(index, f"no answer in {ANSWER_SECONDS:.0f} s")
+            if index in self._losses:
+                raise self.lost(index, self._losses[index])
+            wait(remaining)
+
+    def _answer(self, ping: m.Ping) -> None:
+        if not 0 <= ping.reply_bytes <= LARGEST_TRANSFER:
+            raise ProtocolError(
+                f"{self._devices[ping.device_index]} asks for an answer of "
+                f"{ping.reply_bytes:,} bytes, at most {LARGEST_TRANSFER:,} are sent"
+            )
+        pong = m.Pong(epoch=self._epoch, device_index=self._index, number=ping.number)
+        payload = [np.zeros(ping.reply_bytes, np.uint8)] if ping.reply_bytes else []
+        self.send(ping.device_index, pong, payload)

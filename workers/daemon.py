@@ -87,19 +87,15 @@ class Worker:
         )
         self._reception: Reception | None = None
         if options.trusted is not None:
-            try:
-                self._reception = Reception(
-                    self._context,
-                    self._gatekeeper,
-                    self._description,
-                    options.keys,
-                    self.endpoint,
-                    options.trusted,
-                    self._access,
-                )
-            except EngineError:
-                self._close_sockets()
-                raise
+            self._reception = Reception(
+                self._context,
+                self._gatekeeper,
+                self._description,
+                options.keys,
+                self.endpoint,
+                options.trusted,
+                self._access,
+            )
         self._lease = Lease(options.lease_seconds)
         self._mailbox: Mailbox[RunnerEvent | m.Telemetry] = Mailbox()
         self._runners = Runners(self._mailbox.put)
@@ -121,8 +117,7 @@ class Worker:
         """Serve until asked to end."""
         poller = zmq.Poller()
         reception = self._reception
-        beside = reception.sockets() if reception is not None else []
-        for waited in (self._control.socket, self._watch.socket, self._mailbox.near, *beside):
+        for waited in (self._control.socket, self._watch.socket, self._mailbox.near):
             poller.register(waited, zmq.POLLIN)
         while not self._should_end.is_set():
             poller.poll(POLL_MS)

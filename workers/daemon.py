@@ -25,6 +25,7 @@ from engine.cluster.processes import Greeting, answer_address, end_with_parent, 
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, Frames, listen, new_local_endpoint
 from engine.errors import EngineError, PeerRefused, WorkerLost
+from engine.host.trusted_network import TRUSTED_NETWORK_VARIABLE
 from workers import local_messages as local
 from workers.access import DOMAIN, Access, printable
 from workers.lease import Lease
@@ -44,8 +45,6 @@ POLL_MS = 100
 MAX_MESSAGES = 100
 # A remote host says Hello every second; without it, its runners must not keep memory for ever.
 LEASE_SECONDS = 10.0
-# For workers that an engine host starts itself: its owner allows exchanges without encryption.
-TRUSTED_NETWORK_VARIABLE = "SHARDMIX_TRUSTED_NETWORK"
 
 
 class Worker:
@@ -305,6 +304,7 @@ class Worker:
             message.transport,
             options.cache.folder,
             options.cache.limit_bytes,
+            is_host_here=options.trusted is None,
         )
         self._runners.start(message.device, Greeting(holder.key.decode("ascii"), settings))
 

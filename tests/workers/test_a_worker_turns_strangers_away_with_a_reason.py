@@ -232,7 +232,7 @@ def test_a_join_token_expires() -> None:
         for now in (100.0, 99.0 + TOKEN_SECONDS, 100.0 + TOKEN_SECONDS):
             access.refresh(now)
             comer = connect(context, zmq.DEALER, guest, keys.public, endpoint)
-            assert watch.poll(PATIENCE_SECONDS * 1000)
+            assert watch.poll(int(PATIENCE_SECONDS * 1000))
             outcomes.append(recv_monitor_message(watch)["event"])
             comer.close(linger=0)
         listener.disable_monitor()

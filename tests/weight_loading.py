@@ -49,9 +49,20 @@ class RunnerProcesses:
     """Runner processes, each with a cache folder of its own."""
 
     def __init__(
-        self, folder: Path, devices: Sequence[str], *, uses_local_files: bool = False
+        self,
+        folder: Path,
+        devices: Sequence[str],
+        *,
+        uses_local_files: bool = False,
+        is_host_here: bool = True,
     ) -> None:
-        """Args: folder: of the caches; survives a restart."""
+        """Start them.
+
+        Args:
+            folder: of the caches; survives a restart.
+            is_host_here: what their worker tells them of the engine host.
+        """
+        self._is_host_here = is_host_here
         self.folder = folder
         self._environment = {"SHARDMIX_LOCAL_FILES": "on" if uses_local_files else "off"}
         self.devices = list(devices)
@@ -92,6 +103,7 @@ class RunnerProcesses:
                 "exchange_endpoint": "tcp://127.0.0.1:*",
                 "cache_dir": str(self.cache_folder(device)),
                 "cache_limit_bytes": CACHE_BYTES,
+                "is_host_here": self._is_host_here,
             }
             self._children[device] = Child(
                 "engine.cluster.runner_process",
@@ -143,7 +155,8 @@ class RunnerProcesses:
             hashes_path=hashes_path,
         )
         runners = [self._addresses[plan.devices[i]] for i in plan.used_devices()]
-        return self._coordinator.load(request, runners, lambda *_: None, lambda: False)
+        loaded = self._coordinator.load(request, runners, lambda *_: None, lambda: False)
+        return loaded.devices
 
     def logits(self, checkpoint: Checkpoint, ids: list[int]) -> NDArray[np.float32]:
         """Logits [T, V] of a prompt under the plan in force; once per load."""
@@ -179,6 +192,7 @@ class OneLoad:
         files: tuple[m.LocalFile, ...] = (),
         read: Source | None = None,
         hashes_path: Path | None = None,
+        is_host_here: bool = True,
     ) -> None:
         """Load a share to the end."""
         load = m.Load(
@@ -202,7 +216,7 @@ class OneLoad:
         self.asked: list[m.WeightRequest] = []
         server = server_of(checkpoint, plan.shape, read, hashes_path)
         with Loader(
-            load, shard, {}, device, lambda: SliceCache(cache_folder, CACHE_BYTES)
+            load, shard, {}, device, lambda: SliceCache(cache_folder, CACHE_BYTES), is_host_here
         ) as loader:
             try:
                 self._run(loader, server)

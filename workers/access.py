@@ -56,14 +56,14 @@ class Access:
         self._guests[guest_key] = _Guest(expires_at)
         self._apply()
 
-    def redeem(self, guest_key: bytes, host_key: bytes) -> bool:
-        """Use a join token up for `host_key`; the same again is the same, another is refused."""
-        guest = self._guests[guest_key]
-        if guest.used_for not in (None, host_key):
-            return False
-        guest.used_for = host_key
+    def used_for(self, guest_key: bytes) -> bytes | None:
+        """The key that a join token let in; None while it is good for one."""
+        return self._guests[guest_key].used_for
+
+    def use_up(self, guest_key: bytes, host_key: bytes) -> None:
+        """A join token has let `host_key` in, which is trusted from now on."""
+        self._guests[guest_key].used_for = host_key
         self._apply()
-        return True
 
     def refresh(self, now: float) -> None:
         """Drop tokens that expired, and take over what other processes changed on disk."""
@@ -80,6 +80,9 @@ class Access:
 
     def _apply(self) -> None:
         trusted = self._trusted.keys() if self._trusted is not None else ()
+        # Whoever is trusted no longer must not come back by the token that let it in.
+        known = {None, self._owner, *trusted}
+        self._guests = {key: g for key, g in self._guests.items() if g.used_for in known}
         unused = [key for key, guest in self._guests.items() if guest.used_for is None]
         self._gatekeeper.allow(DOMAIN, self._owner, *trusted, *unused)
 

@@ -1,6 +1,6 @@
 """The command `shardmix-worker`: offer this computer to engine hosts.
 
-In: arguments. Out: one join token on standard output, or what was asked for; what happens on
+In: arguments. Out: on standard output what was asked for, such as a join token; what happens on
 standard error. An error is one line; exit codes are 0, 1 for an error, 2 for usage, 130 when
 interrupted.
 """
@@ -22,8 +22,10 @@ import typer
 from engine.cluster.discovery import Advertiser
 from engine.cluster.identity import TrustedPeers, config_dir, fingerprint, load_identity
 from engine.cluster.join_token import NODE_NAME, TOKEN_SECONDS
+from engine.cluster.plaintext import refuse_plaintext
 from engine.cluster.transport import address_that_reaches
 from engine.errors import ConfigError, EngineError
+from engine.host.node_words import DEFAULT_PORT
 from engine.weights.models import cache_folder
 from workers import local_messages as local
 from workers.cli_pair import pair as pair_with_a_host
@@ -48,7 +50,6 @@ app = typer.Typer(
 
 # TEST-NET-1: an address of nobody, to ask the system which way out it would take.
 ELSEWHERE = "192.0.2.1"
-DEFAULT_PORT = 47500
 # Pairing has the port after the worker's own; two for each runner follow.
 FIRST_RUNNER_PORT = 2
 NUM_RUNNER_PORTS = 64
@@ -99,12 +100,17 @@ def run(
             "disk, at most 50GB."
         ),
     ] = None,
+    token: Annotated[
+        bool,
+        typer.Option("--token", help="Print a join token even where the output is no terminal."),
+    ] = False,
 ) -> None:
-    """Serve paired engine hosts until interrupted. Prints a token to join with, good once."""
+    """Serve paired engine hosts until interrupted. In a terminal, prints a token to join with."""
     logging.basicConfig(level="INFO", format="%(message)s")
     # Its own news at this level are of no use to the person here.
     logging.getLogger("zeroconf").setLevel(logging.WARNING)
     with _told_in_one_line():
+        refuse_plaintext("shardmix-worker run")
         own_name = name or socket.gethostname().partition(".")[0] or "node"
         address = _check_address(own_name, host)
         limits = Limits(
@@ -133,7 +139,7 @@ def run(
                 is_network_trusted=trusted_network,
             )
             speeds = SpeedTest(own_name, options.devices, cache_folder())
-            was_interrupted = _serve(options, speeds, presence)
+            was_interrupted = _serve(options, speeds, presence, token or sys.stdout.isatty())
     if was_interrupted:
         raise typer.Exit(130)
 
@@ -142,7 +148,10 @@ def run(
 def pair(
     yes_if: Annotated[
         str | None,
-        typer.Option(help="For scripts: confirm if the code is this one, refuse any other."),
+        typer.Option(
+            help="For scripts: join an attempt that another `pair` waits in already and whose code "
+            "the other computer shows; confirm if it is this one, refuse any other."
+        ),
     ] = None,
 ) -> None:
     """Let an engine host in, after a look at six digits. Needs `shardmix-worker run`."""
@@ -210,9 +219,13 @@ def _check_address(name: str, host: str | None) -> str:
     return host or address_that_reaches(ELSEWHERE)
 
 
-def _serve(options: WorkerOptions, speeds: SpeedTest, presence: PresenceLock) -> bool:
+def _serve(
+    options: WorkerOptions, speeds: SpeedTest, presence: PresenceLock, shows_token: bool
+) -> bool:
     """Serve until a signal comes.
 
+    Args:
+        shows_token: whether a person reads along: a token in a log would let in whoever reads that.
     Returns: whether that was Ctrl+C.
     """
     worker = Worker(options, speeds)
@@ -229,15 +242,25 @@ def _serve(options: WorkerOptions, speeds: SpeedTest, presence: PresenceLock) ->
     try:
         presence.publish(worker.endpoint)
         advertiser = Advertiser(options.name, options.keys.public, worker.endpoint)
-        print(
+        listens = (
             f"{options.name} listens on {worker.endpoint}, fingerprint "
-            f"{fingerprint(options.keys.public)}. On the other computer: Add node in the window, "
-            "or --node on the command line, with this token (it lets one computer in, once, "
-            f"within {TOKEN_SECONDS / 60:.0f} minutes; `shardmix-worker token` makes another, "
-            "`shardmix-worker pair` needs none):",
-            file=sys.stderr,
+            f"{fingerprint(options.keys.public)}."
         )
-        print(worker.make_token(), flush=True)
+        if shows_token:
+            print(
+                f"{listens} On the other computer: Add node in the window, or --node on the "
+                "command line, with this token (it lets one computer in, once, within "
+                f"{TOKEN_SECONDS / 60:.0f} minutes; `shardmix-worker token` makes another, "
+                "`shardmix-worker pair` needs none):",
+                file=sys.stderr,
+            )
+            print(worker.make_token(), flush=True)
+        else:
+            print(
+                f"{listens} To let another computer in, run `shardmix-worker pair` here, or "
+                "`shardmix-worker token` for a join token.",
+                file=sys.stderr,
+            )
         speeds.start()
         worker.run()
     finally:

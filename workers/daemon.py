@@ -25,6 +25,7 @@ from engine.cluster.processes import Greeting, answer_address, end_with_parent, 
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, Frames, listen, new_local_endpoint
 from engine.errors import EngineError, PeerRefused, WorkerLost
+from engine.host.trusted_network import TRUSTED_NETWORK_VARIABLE
 from workers import local_messages as local
 from workers.access import DOMAIN, Access, printable
 from workers.lease import Lease
@@ -44,8 +45,6 @@ POLL_MS = 100
 MAX_MESSAGES = 100
 # A remote host says Hello every second; without it, its runners must not keep memory for ever.
 LEASE_SECONDS = 10.0
-# For workers that an engine host starts itself: its owner allows exchanges without encryption.
-TRUSTED_NETWORK_VARIABLE = "SHARDMIX_TRUSTED_NETWORK"
 
 
 class Worker:
@@ -87,19 +86,15 @@ class Worker:
         )
         self._reception: Reception | None = None
         if options.trusted is not None:
-            try:
-                self._reception = Reception(
-                    self._context,
-                    self._gatekeeper,
-                    self._description,
-                    options.keys,
-                    self.endpoint,
-                    options.trusted,
-                    self._access,
-                )
-            except EngineError:
-                self._close_sockets()
-                raise
+            self._reception = Reception(
+                self._context,
+                self._gatekeeper,
+                self._description,
+                options.keys,
+                self.endpoint,
+                options.trusted,
+                self._access,
+            )
         self._lease = Lease(options.lease_seconds)
         self._mailbox: Mailbox[RunnerEvent | m.Telemetry] = Mailbox()
         self._runners = Runners(self._mailbox.put)
@@ -121,8 +116,7 @@ class Worker:
         """Serve until asked to end."""
         poller = zmq.Poller()
         reception = self._reception
-        beside = reception.sockets() if reception is not None else []
-        for waited in (self._control.socket, self._watch.socket, self._mailbox.near, *beside):
+        for waited in (self._control.socket, self._watch.socket, self._mailbox.near):
             poller.register(waited, zmq.POLLIN)
         while not self._should_end.is_set():
             poller.poll(POLL_MS)
@@ -310,6 +304,7 @@ class Worker:
             message.transport,
             options.cache.folder,
             options.cache.limit_bytes,
+            is_host_here=options.trusted is None,
         )
         self._runners.start(message.device, Greeting(holder.key.decode("ascii"), settings))
 

@@ -23,7 +23,7 @@ EVENTS = (
     | zmq.EVENT_DISCONNECTED
 )
 FOREIGN = "it does not speak this protocol (plain text, or another program); nothing was read"
-NOT_ENCRYPTED = "it does not encrypt; every peer must use CURVE"
+NOT_ENCRYPTED = "it does not speak this protocol: every peer must encrypt (CURVE)"
 OTHER_KEY = "it takes this worker for another one: the key it has for it is wrong"
 UNKNOWN_ADDRESS = "an unknown address"
 

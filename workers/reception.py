@@ -16,12 +16,11 @@ import zmq
 from engine.cluster import messages as m
 from engine.cluster.identity import TrustedPeer, TrustedPeers, fingerprint
 from engine.cluster.join_token import TOKEN_SECONDS, JoinToken
-from engine.cluster.pairing import PAIRING_DOMAIN, pairing_endpoint
+from engine.cluster.pairing import pairing_endpoint
 from engine.cluster.security import Gatekeeper, KeyPair, is_public_key, new_key_pair
-from engine.errors import ConfigError, EngineError, PeerRefused
+from engine.errors import ConfigError, PeerRefused
 from workers import local_messages as local
 from workers.access import Access, printable
-from workers.listener_watch import ListenerWatch
 from workers.pairing import PairingDesk
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
 # Refusals that `shardmix-worker status` shows.
 SHOWN_REFUSALS = 10
-# Of one round of the loop, which has others to hear.
-MAX_PAIRING_MESSAGES = 20
 
 
 class Activity(NamedTuple):
@@ -54,10 +51,7 @@ class Reception:
         trusted: TrustedPeers,
         access: Access,
     ) -> None:
-        """Listen for pairing beside the control socket at `endpoint`.
-
-        Raises: ProtocolError: the port for pairing is taken.
-        """
+        """Args: endpoint: of the control socket; pairing has the port after it."""
         self._gatekeeper = gatekeeper
         self._description = description
         self._keys = keys
@@ -73,25 +67,12 @@ class Reception:
             description.name,
             self._trust,
         )
-        self._watch = ListenerWatch(self._desk.channel.socket)
-
-    def sockets(self) -> list[zmq.Socket[Any]]:
-        """To poll."""
-        return [self._desk.channel.socket, self._watch.socket]
 
     def step(self, now: float) -> None:
-        """Hear the pairing socket, and see to everything that has a deadline."""
-        for knock in self._watch.take_all():
-            self._gatekeeper.refuse(knock.address, PAIRING_DOMAIN, b"", knock.reason)
-        for _ in range(MAX_PAIRING_MESSAGES):
-            try:
-                received = self._desk.channel.receive(0)
-            except EngineError as error:
-                logger.warning("pairing: %s", error)
-                continue
-            if received is None:
-                break
-            self._desk.hear(received, now)
+        """Hear the pairing socket, and see to everything that has a deadline.
+
+        To be called several times a second: nobody is woken by what comes to the pairing socket.
+        """
         self._desk.step(now)
         if now >= self._refresh_at:
             self._refresh_at = now + REFRESH_SECONDS
@@ -106,13 +87,17 @@ class Reception:
         """
         if not is_public_key(message.public_key):
             raise PeerRefused("the key to be let in is not one; install the same version on both")
-        if not self._access.redeem(guest_key, message.public_key):
+        is_trusted = self._access.standing(message.public_key) in ("owner", "host")
+        used_for = self._access.used_for(guest_key)
+        if used_for is None:
+            if not is_trusted:
+                self._trust(message.public_key, printable(message.host_name))
+            self._access.use_up(guest_key, message.public_key)
+        elif used_for != message.public_key or not is_trusted:
             raise PeerRefused(
-                "this join token was used by another computer; make a new one there with "
+                "this join token was used already; make a new one there with "
                 "`shardmix-worker token`"
             )
-        if self._access.standing(message.public_key) not in ("owner", "host"):
-            self._trust(message.public_key, printable(message.host_name))
         return m.Enrolled()
 
     def make_token(self, now: float) -> local.Token:
@@ -149,8 +134,6 @@ class Reception:
 
     def close(self) -> None:
         """Close the sockets."""
-        self._desk.end("the worker was ended")
-        self._watch.close()
         self._desk.close()
 
     def _trust(self, key: bytes, name: str) -> None:

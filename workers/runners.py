@@ -193,6 +193,7 @@ def runner_settings(
     transport: str,
     cache_folder: str,
     cache_limit_bytes: int,
+    is_host_here: bool,
 ) -> dict[str, Any]:
     """What a runner is told at its start, beside its device and whom to obey."""
     return {
@@ -201,4 +202,5 @@ def runner_settings(
         "transport": transport,
         "cache_dir": cache_folder,
         "cache_limit_bytes": cache_limit_bytes,
+        "is_host_here": is_host_here,
     }

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from engine.cluster.messages import Telemetry
+from engine.host.telemetry_rate import MAX_HZ, MIN_HZ
 from workers.telemetry import Meter
 
-MIN_HZ = 0.2
-MAX_HZ = 20.0
 END_SECONDS = 1.0
 
 

@@ -59,12 +59,14 @@ class Loader:
         previous: Mapping[WeightKey, Matrix | Tensor],
         device: torch.device,
         open_cache: Callable[[], SliceCache],
+        is_host_here: bool = False,
     ) -> None:
         """Look for a copy of the model on this computer.
 
         Args:
             previous: packed weights of the same checkpoint and dtype.
             open_cache: called when the cache is needed; `close` closes it.
+            is_host_here: whether the engine host is this computer's own.
         """
         self._epoch = load.epoch
         self._tensors = {info.name: info for info in load.tensors}
@@ -85,7 +87,7 @@ class Loader:
         self._requests: deque[tuple[SliceKey, int, Fetch]] = deque()
         self._under_way: dict[SliceKey, tuple[int, Fetch]] = {}
         self._bytes_under_way = 0
-        self._copy = open_local_copy(load) if missing else None
+        self._copy = open_local_copy(load, is_host_here) if missing else None
         self._cache: SliceCache | None = None
         if missing and (self._copy is None or not self._copy.is_proven):
             self._cache = open_cache()

@@ -70,18 +70,21 @@ def describe_files(files: Sequence[Path], is_same_computer: bool) -> tuple[m.Loc
     )
 
 
-def open_local_copy(load: m.Load) -> LocalCopy | None:
+def open_local_copy(load: m.Load, is_host_here: bool) -> LocalCopy | None:
     """The best copy of a load's checkpoint on this computer.
 
     First the very files, if path, size and time are theirs; then files of the same names and sizes
     where this computer keeps its models.
 
+    Args:
+        is_host_here: whether this computer's own engine host asks. No other one's paths are looked
+            at: it could have any file tried, and what it says of them proves nothing.
     Returns: the open copy; None where there is none, or where copies are to be ignored.
     """
     if os.environ.get(LOCAL_FILES_VARIABLE, "").lower() == "off" or not load.files:
         return None
     tensors = {info.name: info for info in load.tensors}
-    if _are_the_same(load.files):
+    if is_host_here and _are_the_same(load.files):
         checkpoint = _open(Path(load.files[0].path), tensors)
         if checkpoint is not None:
             return LocalCopy(checkpoint, is_proven=True)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import WorkerLost
+from engine.errors import WorkerLost, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,8 @@ def describe_exit(code: int, words: Sequence[str], is_out_of_memory: bool) -> st
         words: lines that it wrote, the last one last.
         is_out_of_memory: whether the kernel says that it ended a process for memory.
     """
-    said = [line.strip()[:MAX_WORDS] for line in words if line.strip()][-SHOWN_LINES:]
+    lines = [one_line(line, MAX_WORDS) for line in words]
+    said = [line for line in lines if line][-SHOWN_LINES:]
     if code >= 0:
         how = f"exit code {code}"
     else:

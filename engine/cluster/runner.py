@@ -57,6 +57,7 @@ class Runner:
         rendezvous_endpoint: str | None = None,
         cache_folder: Path = Path(),
         cache_limit_bytes: int = 0,
+        is_host_here: bool = False,
     ) -> None:
         """Listen.
 
@@ -68,6 +69,7 @@ class Runner:
             rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
             cache_folder: where weights that came over the wire are kept, at most
                 `cache_limit_bytes` of them; 0 keeps none.
+            is_host_here: whether the engine host is this computer's own.
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -95,6 +97,7 @@ class Runner:
         self._should_end = should_end
         self._cache_folder = cache_folder
         self._cache_limit_bytes = cache_limit_bytes
+        self._is_host_here = is_host_here
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
         self._stepping: Stepping | None = None
@@ -289,7 +292,9 @@ class Runner:
             self._packed = {}
         self._packed_for = packed_for
         # What the old plan alone needed is dropped before the new weights come in.
-        loader = Loader(load, shard, self._packed, self._torch_device, self._open_cache)
+        loader = Loader(
+            load, shard, self._packed, self._torch_device, self._open_cache, self._is_host_here
+        )
         with loader:
             self._packed = loader.store.packed
             if not self._bring_in(loader):

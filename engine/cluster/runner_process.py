@@ -38,6 +38,7 @@ def main() -> None:
         exchange_endpoint if greeting.settings.get("transport") == "torch" else None,
         Path(str(slices_folder)),
         int(greeting.settings.get("cache_limit_bytes", CACHE_LIMIT_BYTES)),
+        greeting.settings.get("is_host_here") is True,
     )
     endpoints = [runner.control_endpoint, runner.exchange_endpoint]
     if runner.rendezvous is not None:

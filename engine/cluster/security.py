@@ -18,6 +18,8 @@ import msgspec
 import zmq
 import zmq.utils.z85
 
+from engine.cluster.plaintext import is_plaintext_wanted
+
 logger = logging.getLogger(__name__)
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
@@ -133,7 +135,7 @@ class Gatekeeper:
                 for r in self._refusals
             )
             self._refusals.append(Refusal(now, address, domain, key, reason))
-        shown = f" (key {key.decode('ascii')})" if key else ""
+        shown = f" (key {key.decode('ascii', 'replace')})" if key else ""
         level = logging.DEBUG if is_told else logging.WARNING
         logger.log(level, "refused %s on %s: %s%s", address, domain, reason, shown)
 
@@ -160,7 +162,12 @@ class Gatekeeper:
         key = b""
         if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
             key = zmq.utils.z85.encode(credentials[0])
-        elif mechanism == b"PLAIN" and len(credentials) == 2:
+        elif (
+            mechanism == b"PLAIN"
+            and is_plaintext_wanted()
+            and len(credentials) == 2
+            and is_public_key(credentials[0])
+        ):
             # Only a socket of `plaintext` offers it: the peer says its key, and proves nothing.
             key = credentials[0]
         with self._lock:

@@ -24,6 +24,8 @@ from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost
 
 MAX_MESSAGE_BYTES = 256 << 20
+# Messages of one connection that nobody has read yet.
+MAX_WAITING = 1000
 HEARTBEAT_MS = 500
 # A frozen process answers no heartbeat: its libzmq threads stop with it. A slow one answers,
 # because those threads do not compute.
@@ -78,7 +80,12 @@ def new_local_endpoint() -> str:
     return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
 
 
-def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) -> None:
+def _prepare(
+    socket: zmq.Socket[Any],
+    is_watched: bool,
+    max_message_bytes: int,
+    max_waiting: int = MAX_WAITING,
+) -> None:
     socket.linger = 0
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if socket.type == zmq.ROUTER:
@@ -88,8 +95,8 @@ def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) 
         # water mark, and would take the missing heartbeats for a lost connection.
         socket.sndhwm = socket.rcvhwm = 0
         return
-    socket.sndhwm = 1000
-    socket.rcvhwm = 1000
+    socket.sndhwm = MAX_WAITING
+    socket.rcvhwm = max_waiting
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -104,6 +111,7 @@ def listen(
     *,
     is_watched: bool = True,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_waiting: int = MAX_WAITING,
 ) -> tuple[zmq.Socket[Any], str]:
     """Bind a socket that lets in the peers on the gatekeeper's list for `domain`.
 
@@ -111,12 +119,14 @@ def listen(
         endpoint: "ipc://…", or "tcp://ADDRESS:PORT" where PORT may be "*" or "FIRST-LAST".
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
         max_message_bytes: a peer that sends a longer frame is disconnected.
+        max_waiting: messages of each peer that nobody has read yet; more wait at the peer. Only
+            for sockets that are watched.
     Returns: the socket and the endpoint it got.
     Raises: ProtocolError: the address is taken or is not one.
     """
     is_encrypted = not is_plaintext(endpoint)
     socket = context.socket(kind)
-    _prepare(socket, is_watched, max_message_bytes)
+    _prepare(socket, is_watched, max_message_bytes, max_waiting)
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
     if is_encrypted:
         socket.curve_server = True  # Must be set before bind.

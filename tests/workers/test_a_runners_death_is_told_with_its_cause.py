@@ -135,6 +135,11 @@ def test_the_last_three_lines_are_told() -> None:
     assert len(told) < 400
 
 
+def test_last_words_cannot_steer_a_terminal() -> None:
+    told = describe_exit(1, ["\x1b[2J\x1b]0;title\x07red\r\u202ealert", "\x1b\x00"], False)
+    assert told == "exit code 1; last words: [2J ]0;title red alert"
+
+
 def test_the_kernel_is_believed_when_it_says_that_memory_ran_out(tmp_path: Path) -> None:
     events = tmp_path / "memory.events"
     events.write_text("low 0\nhigh 0\nmax 7\noom 2\noom_kill 4\noom_group_kill 0\n")

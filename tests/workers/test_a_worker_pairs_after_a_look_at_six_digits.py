@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import zmq
 
 from engine.cluster import messages as m
 from engine.cluster.identity import fingerprint
-from engine.cluster.pairing import PairVerdict
+from engine.cluster.pairing import PAIRING_SECONDS, PairVerdict, pairing_endpoint
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.errors import ConfigError, PeerRefused
-from tests.workers.hosts import PairingHost, RunningWorker, running_worker
+from tests.workers.hosts import PairingHost, RunningWorker, free_port, running_worker, wait_until
 from workers import local_messages as local
+from workers.pairing import UNATTENDED_SECONDS, PairingDesk
 from workers.presence import LocalConnection, PresenceLock
 
 pytestmark = pytest.mark.network
@@ -32,6 +39,22 @@ def commands(worker: RunningWorker) -> Iterator[LocalConnection]:
     """What `shardmix-worker pair` speaks through."""
     with LocalConnection(worker.folder) as connection:
         yield connection
+
+
+@pytest.fixture
+def desk() -> Iterator[PairingDesk]:
+    """The worker's end of pairing alone."""
+    context: zmq.Context[Any] = zmq.Context()
+    gatekeeper = Gatekeeper(context)
+    keys = new_key_pair()
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    desk = PairingDesk(context, gatekeeper, endpoint, keys.public, "box", lambda key, name: None)
+    try:
+        yield desk
+    finally:
+        desk.close()
+        gatekeeper.close()
+        context.term()
 
 
 def ask(commands: LocalConnection, request: local.LocalRequest) -> local.PairingState:
@@ -86,18 +109,76 @@ def test_nobody_is_trusted_when_one_of_the_two_says_no(
             ask(commands, local.JudgePairing(is_same=True))
         with worker.host(desk.keys) as host:
             host.wait_for_refusal()
-    with PairingHost(worker.worker.endpoint) as again:
-        again.open()
-        with pytest.raises(PeerRefused, match="pairing is off there"):
-            again.hear()
+    assert not is_listening(worker)
     assert commands.ask(local.AskStatus(), local.Status).hosts == ()
 
 
-def test_without_pairing_mode_every_attempt_is_refused(worker: RunningWorker) -> None:
+def test_nothing_listens_outside_of_pairing_mode(
+    worker: RunningWorker, commands: LocalConnection
+) -> None:
+    assert not is_listening(worker)
+    for _ in range(2):
+        ask(commands, local.BeginPairing())
+        assert is_listening(worker)
+        with PairingHost(worker.worker.endpoint) as desk:
+            desk.reach_code()
+            ask(commands, local.EndPairing())
+            with pytest.raises(PeerRefused, match="gave up"):
+                desk.hear()
+        wait_until(lambda: not is_listening(worker), "the pairing socket is closed")
+
+
+def test_a_flood_ends_pairing_and_is_forgotten(desk: PairingDesk) -> None:
+    """One message of many frames, which libzmq keeps until the last one has come."""
+    flood = (
+        "import sys, zmq; from engine.cluster.pairing import PAIRING_KEYS as keys\n"
+        "from engine.cluster.transport import connect; context = zmq.Context()\n"
+        "socket = connect(context, zmq.DEALER, keys, keys.public, sys.argv[1])\n"
+        "socket.send_multipart([bytes(3900)] * 60_000); sys.stdin.read()"
+    )
+    desk.begin(0.0)
+    before = psutil.Process().memory_info().rss
+    stranger = subprocess.Popen([sys.executable, "-c", flood, desk.endpoint], stdin=subprocess.PIPE)
+    try:
+        with stranger:
+            wait_until(lambda: _step(desk).stage == "refused", "pairing has ended")
+            assert "flooded the pairing socket" in desk.state(0.0).reason
+            stranger.kill()
+    finally:
+        stranger.kill()
+    wait_until(
+        lambda: psutil.Process().memory_info().rss - before < 200 << 20, "the memory is given back"
+    )
+
+
+@pytest.mark.parametrize("who_is_last", ["here", "there"])
+def test_a_list_that_cannot_be_written_ends_the_attempt_alone(
+    worker: RunningWorker, commands: LocalConnection, who_is_last: str
+) -> None:
+    ask(commands, local.BeginPairing())
+    (worker.folder / "trusted_hosts.json").write_text("damaged")
     with PairingHost(worker.worker.endpoint) as desk:
-        desk.open()
-        with pytest.raises(PeerRefused, match="run `shardmix-worker pair` on that computer"):
+        desk.reach_code()
+        if who_is_last == "here":
+            desk.channel.send(PairVerdict(is_same=True))
+            with PairingHost(worker.worker.endpoint) as other:
+                other.open()
+                with pytest.raises(PeerRefused, match="another computer is pairing"):
+                    other.hear()  # So the verdict, which came before it, was heard.
+            with pytest.raises(ConfigError, match="is damaged"):
+                ask(commands, local.JudgePairing(is_same=True))
+            with pytest.raises(PeerRefused, match="cannot write down whom it trusts"):
+                desk.hear()
+        else:
+            ask(commands, local.JudgePairing(is_same=True))
             desk.hear()
+            desk.channel.send(PairVerdict(is_same=True))
+            received = desk.channel.receive(30_000)
+            assert received is not None
+            assert "cannot write down whom it trusts" in received.message.reason
+    state = _settled(commands)
+    assert (state.stage, "is damaged" in state.reason) == ("refused", True)
+    assert commands.ask(local.AskStatus(), local.Status).name == "box"
 
 
 def test_a_second_computer_does_not_disturb_the_first(
@@ -137,41 +218,35 @@ def test_giving_up_here_is_told_there(worker: RunningWorker, commands: LocalConn
             desk.hear()
 
 
-def test_pairing_mode_ends_by_itself(tmp_path: Path) -> None:
+def test_pairing_mode_ends_by_itself(desk: PairingDesk) -> None:
     """On a real socket; the time is an argument."""
-    import zmq
+    desk.begin(100.0)
+    desk.step(100.0 + UNATTENDED_SECONDS)
+    assert desk.state(100.0 + UNATTENDED_SECONDS).stage == "waiting"
+    desk.step(101.0 + 2 * UNATTENDED_SECONDS)
+    assert "does not wait any more" in desk.state(111.0).reason
+    desk.begin(200.0)
+    for now in range(200, 200 + int(PAIRING_SECONDS) + 1):
+        desk.step(float(now))
+        assert desk.state(float(now)).stage == "waiting"
+    desk.step(201.0 + PAIRING_SECONDS)
+    assert desk.state(261.5).reason == "nobody paired within 60 s; begin again"
 
-    from engine.cluster.pairing import PAIRING_SECONDS
-    from tests.workers.hosts import free_port
-    from workers.pairing import UNATTENDED_SECONDS, PairingDesk
 
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    gatekeeper = Gatekeeper(context)
-    keys = new_key_pair()
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    desk = PairingDesk(context, gatekeeper, endpoint, keys.public, "box", lambda key, name: None)
-    try:
-        desk.begin(100.0)
-        desk.step(100.0 + UNATTENDED_SECONDS)
-        assert desk.state(100.0 + UNATTENDED_SECONDS).stage == "waiting"
-        desk.step(101.0 + 2 * UNATTENDED_SECONDS)
-        assert "does not wait any more" in desk.state(111.0).reason
-        desk.begin(200.0)
-        for now in range(200, 200 + int(PAIRING_SECONDS) + 1):
-            desk.step(float(now))
-            assert desk.state(float(now)).stage == "waiting"
-        desk.step(201.0 + PAIRING_SECONDS)
-        assert desk.state(261.5).reason == "nobody paired within 60 s; begin again"
-    finally:
-        desk.close()
-        gatekeeper.close()
-        context.term()
+def is_listening(worker: RunningWorker) -> bool:
+    """Whether anything takes connections where the worker pairs."""
+    host, _, port = pairing_endpoint(worker.worker.endpoint).removeprefix("tcp://").rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def _step(desk: PairingDesk) -> local.PairingState:
+    desk.step(0.0)
+    return desk.state(0.0)
 
 
 def _settled(commands: LocalConnection) -> local.PairingState:
     """The state once the worker has heard the other end's verdict."""
-    from tests.workers.hosts import wait_until
-
     wait_until(
         lambda: ask(commands, local.AskPairing()).stage in ("paired", "refused"),
         "the attempt is decided",

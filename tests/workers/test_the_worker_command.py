@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.cluster import messages as m
-from engine.cluster.join_token import decode_token
+from engine.cluster.join_token import PREFIX, decode_token
 from engine.cluster.security import new_key_pair
 from tests.workers.hosts import PATIENCE_SECONDS, Host, PairingHost, wait_until
 from tests.workers.worker_command import WorkerCommand
@@ -38,6 +39,8 @@ def box(tmp_path: Path) -> Iterator[WorkerCommand]:
 def test_without_a_worker_every_command_says_so_in_one_line(command: list[str]) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
+    # A service that does not run is one reason why there is no worker.
+    assert result.stdout.startswith("service: " if command == ["status"] else "")
     assert result.stderr == (
         "shardmix-worker: no worker runs on this computer; start one with `shardmix-worker run`\n"
     )
@@ -107,6 +110,34 @@ def test_its_key_and_its_pairings_outlive_it(box: WorkerCommand) -> None:
         host.wait_for_refusal()
     code, _ = box.signal(signal.SIGINT)
     assert code == 130
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_token_is_printed_where_a_person_reads_it_alone(
+    box: WorkerCommand, is_terminal: bool
+) -> None:
+    """The output of a service is kept in a log."""
+    near, far = os.openpty()
+    output = far if is_terminal else subprocess.PIPE
+    box.process = box.start(
+        "run", "--name=box", "--host=127.0.0.1", f"--port={box.port}", stdout=output
+    )
+    os.close(far)
+    assert box.process.stderr is not None
+    line = box.process.stderr.readline()
+    assert re.search("box listens on .*`shardmix-worker token`", line)
+    if is_terminal:
+        with open(near, encoding="ascii") as terminal:
+            assert decode_token(terminal.readline()).name == "box"
+            box.signal(signal.SIGTERM)
+        return
+    os.close(near)
+    code, token, _ = box.command("token")
+    assert (code, decode_token(token).name) == (0, "box")
+    box.process.send_signal(signal.SIGTERM)
+    said, errors = box.process.communicate(timeout=PATIENCE_SECONDS)
+    assert said == ""
+    assert PREFIX not in errors
 
 
 def test_pairing_by_a_person(box: WorkerCommand) -> None:

@@ -33,17 +33,19 @@ class WorkerCommand:
 
     def run(self, *flags: str) -> str:
         """Start the worker box; returns its join token, printed once it listens."""
-        arguments = ["run", "--name=box", "--host=127.0.0.1", f"--port={self.port}", *flags]
-        self.process = self.start(*arguments)
+        arguments = ["run", "--name=box", "--host=127.0.0.1", f"--port={self.port}", "--token"]
+        self.process = self.start(*arguments, *flags)
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         """Start a command."""
         return subprocess.Popen(
             [sys.executable, "-m", "workers.cli", *arguments],
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             env=self._environment(),

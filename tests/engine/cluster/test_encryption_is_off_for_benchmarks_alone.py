@@ -53,9 +53,10 @@ def test_the_switch_is_refused_where_another_computer_reaches(
             connect(context, zmq.DEALER, keys, keys.public, endpoint)
 
 
-def test_a_worker_for_other_computers_does_not_start_with_the_switch() -> None:
+@pytest.mark.parametrize("host", ["192.0.2.7", "127.0.0.1"])
+def test_a_worker_for_other_computers_does_not_start_with_the_switch(host: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "workers.cli", "run", "--host", "192.0.2.7"],
+        [sys.executable, "-m", "workers.cli", "run", "--host", host],
         env=dict(os.environ, **{PLAINTEXT_VARIABLE: "1"}),
         capture_output=True,
         text=True,
@@ -120,6 +121,57 @@ def test_a_plain_peer_needs_the_switch_and_a_name_on_the_list(
         client.disable_monitor()
     gatekeeper.close()
     context.destroy(linger=0)
+
+
+def test_the_gatekeeper_refuses_plain_peers_without_the_switch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even at a socket that offers it; and outlives names that are no keys."""
+    key = new_key_pair().public
+    context: zmq.Context[Any] = zmq.Context()
+    gatekeeper = Gatekeeper(context)
+    gatekeeper.allow_any("exchange")
+    with ExitStack() as stack:
+        server = stack.enter_context(context.socket(zmq.PULL))
+        server.plain_server = True
+        server.setsockopt_string(zmq.ZAP_DOMAIN, "exchange")
+        server.bind(endpoint := new_local_endpoint())
+
+        def is_refused(name: bytes) -> bool:
+            with context.socket(zmq.PUSH) as client:
+                client.linger = 0
+                client.plain_username, client.plain_password = name, b"-"
+                with client.get_monitor_socket() as monitor:
+                    client.connect(endpoint)
+                    has_come_to_nothing = has_failed(monitor)
+                    client.disable_monitor()
+                return has_come_to_nothing
+
+        monkeypatch.delenv(PLAINTEXT_VARIABLE, raising=False)
+        assert is_refused(key)
+        monkeypatch.setenv(PLAINTEXT_VARIABLE, "1")
+        for name in (b"\xff" * 40, "schlüssel".encode(), b"short", key[:-1] + b"\0"):
+            assert is_refused(name)
+        assert not is_refused(key)
+        assert [refusal.key for refusal in gatekeeper.refusals()] == [b""] * 5
+    gatekeeper.close()
+    context.destroy(linger=0)
+
+
+def test_the_switch_is_warned_of_once() -> None:
+    script = (
+        "from engine.cluster.plaintext import is_plaintext\n"
+        "assert is_plaintext('ipc://@a') and is_plaintext('tcp://127.0.0.1:*')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=dict(os.environ, **{PLAINTEXT_VARIABLE: "1"}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr.count("NOTHING IS ENCRYPTED") == 1
 
 
 def test_plain_processes_compute_what_transformers_does(

@@ -137,6 +137,20 @@ def test_a_runner_that_has_the_file_reads_it_itself(model: Model, tmp_path: Path
         assert not runners.cache_folder(DEVICES[0]).exists()
 
 
+def test_a_runner_of_another_computer_looks_at_no_path_of_the_host(
+    model: Model, tmp_path: Path
+) -> None:
+    """Whatever the host says: where its computer is, the runner's worker knows."""
+    with RunnerProcesses(
+        tmp_path, DEVICES[:1], uses_local_files=True, is_host_here=False
+    ) as runners:
+        bench = Bench(model, runners)
+        plan = single(bench.shape, DEVICES[0])
+        loaded = bench.load(plan)[DEVICES[0]]
+        assert loaded.local_bytes == 0
+        assert loaded.received_bytes == sum(bench.share_bytes(plan, 0).values())
+
+
 def moved(shape: PlanShape, row: int, plan: Plan) -> Plan:
     """A plan with one quantum of a row moved from the first device to the second."""
     cells = list(plan.cells)

@@ -125,6 +125,16 @@ def test_a_file_that_changed_is_not_read_as_the_same(
         load.assert_equals(checkpoint)
 
 
+def test_a_host_elsewhere_cannot_have_any_path_opened(
+    checkpoint: Checkpoint, models_folder: Path, tmp_path: Path
+) -> None:
+    plan = single(PlanShape.from_config(checkpoint.config), "a/cpu")
+    files = describe_files(checkpoint.files, is_same_computer=True)
+    load = OneLoad(checkpoint, plan, 0, tmp_path / "cache", files=files, is_host_here=False)
+    assert sources(load)[2] == 0
+    load.assert_equals(checkpoint)
+
+
 def test_local_copies_can_be_ignored(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ class Elsewhere:
 
     def start(self) -> None:
         """Start the worker; returns when it listens."""
-        self._process = self._run("run", "--name", self.name, "--host", "127.0.0.1", "--port", str(self.port))  # fmt: skip
+        self._process = self._run("run", "--name", self.name, "--host", "127.0.0.1", "--port", str(self.port), "--token")  # fmt: skip
         assert self._process.stdout is not None
         self.token = self._process.stdout.readline().strip()
         assert self.token, "the worker did not start"

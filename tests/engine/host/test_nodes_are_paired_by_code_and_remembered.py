@@ -26,7 +26,7 @@ def test_two_persons_who_see_the_same_digits_pair_their_computers(tmp_path: Path
             failed = desk.event(api.CallFailed, refused)
             assert isinstance(failed, api.CallFailed)
             assert failed.error == "PeerRefused"
-            assert "run `shardmix-worker pair`" in failed.message
+            assert "Run `shardmix-worker pair`" in failed.message
 
             with attic.wait_for_pairing() as person:
                 person.read_until("Waiting")

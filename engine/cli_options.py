@@ -73,7 +73,7 @@ ImageOption = Annotated[
 NodeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Join token that `shardmix-worker run` printed on another computer; once is enough."
+        help="Join token that `shardmix-worker token` printed on another computer; once is enough."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]

@@ -10,7 +10,7 @@ from app.cluster.presenter import ClusterPresenter
 from app.widgets.making import make_button, make_card, make_label, set_property
 
 WAYS = (
-    ("shardmix-worker run", "prints a join token: paste it here, and the node joins."),
+    ("shardmix-worker token", "prints a join token: paste it here, and the node joins."),
     (
         "shardmix-worker pair",
         "shows a code: pair with the node in the list below, or enter its address here first.",

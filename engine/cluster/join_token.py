@@ -64,5 +64,5 @@ def decode_token(line: str) -> JoinToken:
     except (ValueError, binascii.Error, msgspec.DecodeError):
         raise PeerRefused(
             f"{text[:20]!r}… is not a join token ({PREFIX}…); copy the whole line that "
-            "`shardmix-worker run` prints on the other computer"
+            "`shardmix-worker token` prints on the other computer"
         ) from None

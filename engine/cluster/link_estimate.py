@@ -73,7 +73,8 @@ class LinkEstimate:
 
     def take_transfer(self, num_bytes: int, seconds: float) -> None:
         """A message was asked for, and came whole after so long."""
-        travelled = max(seconds - self.round_trip_seconds, _SHORTEST_SECONDS)
+        # One that took hardly longer than a small message says only that the link is not slower.
+        travelled = max(seconds - self.round_trip_seconds, seconds / 2)
         self.bytes_per_second = max(self.bytes_per_second, num_bytes / travelled)
 
     def take_message(

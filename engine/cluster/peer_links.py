@@ -171,7 +171,8 @@ class PeerLinks:
             while num_telling < 2:
                 seconds = self._ping(index, num_bytes, num_bytes, wait)
                 estimate.take_transfer(num_bytes, seconds)
-                if seconds >= TRANSFER_SECONDS or num_bytes == LARGEST_TRANSFER:
+                travelled = seconds - estimate.round_trip_seconds
+                if travelled >= TRANSFER_SECONDS or num_bytes == LARGEST_TRANSFER:
                     num_telling += 1
                 else:
                     num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)

@@ -67,7 +67,12 @@ class Worker:
             accepted = m.WORKER_ACCEPTS | local.LOCAL_REQUESTS
         try:
             control, self.endpoint = listen(
-                self._context, zmq.ROUTER, options.keys, DOMAIN, options.endpoint
+                self._context,
+                zmq.ROUTER,
+                options.keys,
+                DOMAIN,
+                options.endpoint,
+                max_message_bytes=m.MAX_HEADER_BYTES,  # No message to a worker has tensors.
             )
         except EngineError:
             self._gatekeeper.close()

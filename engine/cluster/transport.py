@@ -29,6 +29,7 @@ HEARTBEAT_MS = 500
 # because those threads do not compute.
 HEARTBEAT_TIMEOUT_MS = 2500
 HANDSHAKE_MS = 5000
+MAX_QUEUED = 1000
 
 _MORE = zmq.DONTWAIT | zmq.SNDMORE
 
@@ -78,7 +79,12 @@ def new_local_endpoint() -> str:
     return f"ipc://{tempfile.mkdtemp(prefix='shardmix-')}/{name[-8:]}"
 
 
-def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) -> None:
+def _prepare(
+    socket: zmq.Socket[Any],
+    is_watched: bool,
+    max_message_bytes: int,
+    max_queued: int = MAX_QUEUED,
+) -> None:
     socket.linger = 0
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if socket.type == zmq.ROUTER:
@@ -88,8 +94,8 @@ def _prepare(socket: zmq.Socket[Any], is_watched: bool, max_message_bytes: int) 
         # water mark, and would take the missing heartbeats for a lost connection.
         socket.sndhwm = socket.rcvhwm = 0
         return
-    socket.sndhwm = 1000
-    socket.rcvhwm = 1000
+    socket.sndhwm = max_queued
+    socket.rcvhwm = MAX_QUEUED
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -155,16 +161,18 @@ def connect(
     *,
     is_watched: bool = True,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_queued: int = MAX_QUEUED,
 ) -> zmq.Socket[Any]:
     """Connect to a listening socket whose public key is known.
 
     Args:
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
         max_message_bytes: a peer that sends a longer frame is disconnected.
+        max_queued: messages that wait to be sent before one more is an error.
     Raises: ProtocolError: the endpoint or the key is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched, max_message_bytes)
+    _prepare(socket, is_watched, max_message_bytes, max_queued)
     try:
         _dial(socket, keys, server_key, endpoint)
     except ProtocolError:

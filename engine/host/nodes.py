@@ -26,6 +26,7 @@ from engine.errors import EngineError, PlanError, WorkerLost, error_by_name
 from engine.host.messages import NodeState
 from engine.host.neighbours import RETRY_SECONDS, Neighbours
 from engine.host.node import Node, Runner, Wanted
+from engine.host.node_report import checked
 from engine.host.telemetry_rate import wanted_hz
 from engine.plan.plan import Transport
 
@@ -35,6 +36,8 @@ WORKER_START_SECONDS = 30.0
 # A worker of this computer may be starved by what its runners compute.
 LOCAL_SILENCE_SECONDS = 10.0
 MAX_SIMULATED = 16
+# Of one worker in one round.
+MAX_MESSAGES = 100
 SIMULATED_PREFIX = "local-"
 THIS_NODE = "this"
 
@@ -157,19 +160,26 @@ class Nodes:
     def _hear(self, node: Node) -> bool:
         changed = False
         channel = node.channel
-        while channel is not None and node.channel is channel:
+        for _ in range(MAX_MESSAGES):  # One that floods does not keep the others waiting.
+            if channel is None or node.channel is not channel:
+                break
             try:
                 received = channel.receive(0)
+                message = (
+                    None
+                    if received is None
+                    else checked(received.message, is_local=node.kind != "remote")
+                )
             except EngineError as error:
                 if node.kind == "remote":
                     self.neighbours.failed(node, str(error))
                 else:
                     self._lose(node, str(error))
                 return True
-            if received is None:
+            if message is None:
                 break
             node.heard_at = time.monotonic()
-            self._take(node, received.message)
+            self._take(node, message)
             changed = True
         silence = time.monotonic() - node.heard_at
         if node.child is not None and channel is not None and silence > LOCAL_SILENCE_SECONDS:
@@ -201,7 +211,9 @@ class Nodes:
                 node.keys,
                 message.rendezvous,
             )
-            wanted = node.starting.pop(device, Wanted("", "zmq"))
+            wanted = node.starting.pop(device, None)
+            if wanted is None:
+                return  # Nobody wants it any more, or ever did.
             node.runners[device] = Runner(address, wanted, message.pid)
             self._on_change()
         elif isinstance(message, m.RunnerExited):

@@ -11,10 +11,10 @@ import re
 
 from engine.cluster import messages as m
 from engine.cluster.security import is_public_key
-from engine.errors import EngineError, PlanError, ProtocolError, one_line
+from engine.errors import PlanError, ProtocolError, one_line
 from engine.model.config import ModelConfig
 from engine.plan.plan import PlanShape
-from engine.weights.formats import format_named, num_bytes
+from engine.weights.formats import FORMATS
 from engine.weights.names import expected_shapes
 
 MAX_KV_WINDOW = 1 << 30
@@ -113,13 +113,11 @@ def _check_tensors(load: m.Load) -> None:
             raise ProtocolError(
                 f"tensor {name} says {list(info.shape)[:8]}, the model needs {list(shape)}"
             )
-        try:
-            is_weight = format_named(info.format).is_weight
-            num_bytes(info.format, info.shape)
-        except EngineError as error:
-            raise ProtocolError(f"tensor {name}: {one_line(str(error))}") from error
-        if not is_weight:
-            raise ProtocolError(f"tensor {name} is {info.format}, which holds no weights")
+        stored = FORMATS.get(info.format)
+        if stored is None or not stored.is_weight or shape[-1] % stored.block_size:
+            raise ProtocolError(
+                f"tensor {name} {list(shape)} cannot be in format {one_line(info.format, 50)!r}"
+            )
 
 
 def _least_tensors(config: ModelConfig) -> int:

@@ -677,6 +677,10 @@ class Codec(Generic[M]):
 
     def _named(self, reason: str, header: memoryview) -> str:
         """A decoder's reason, with the name of the message and field besides its place."""
+        spec = re.search(r"`\$\[2\]\[(\d+)\]\[([01])\]", reason)
+        if spec is not None:
+            field = TensorSpec.__struct_fields__[int(spec[2])]
+            return f"{reason}, which is the {field} of tensor {spec[1]}"
         place = re.search(r"`\$\[1\]\[(\d+)\]", reason)
         if place is None:
             return reason

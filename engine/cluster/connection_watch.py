@@ -49,6 +49,7 @@ class ConnectionWatch:
     def close(self) -> None:
         """Watch no longer; before the watched socket closes."""
         self._watched.disable_monitor()
+        self.socket.close(linger=0)
 
     def _after(self, event: int) -> Connection:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

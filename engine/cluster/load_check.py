@@ -63,6 +63,11 @@ def is_address(text: str) -> bool:
     return found is not None and int(found[3]) <= 65535
 
 
+def is_host(text: str) -> bool:
+    """Whether a text is an address or a name of a computer, without a port."""
+    return re.fullmatch(_HOST, text) is not None
+
+
 def _check_shape(load: m.Load) -> None:
     """The plan must be one of this model; only its quanta are its own."""
     shape, own = load.plan.shape, PlanShape.from_config(load.config)

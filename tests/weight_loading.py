@@ -155,8 +155,7 @@ class RunnerProcesses:
             hashes_path=hashes_path,
         )
         runners = [self._addresses[plan.devices[i]] for i in plan.used_devices()]
-        loaded = self._coordinator.load(request, runners, lambda *_: None, lambda: False)
-        return loaded.devices
+        return self._coordinator.load(request, runners, lambda *_: None, lambda: False).devices
 
     def logits(self, checkpoint: Checkpoint, ids: list[int]) -> NDArray[np.float32]:
         """Logits [T, V] of a prompt under the plan in force; once per load."""

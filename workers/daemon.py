@@ -21,6 +21,7 @@ import zmq
 
 from engine.cluster import messages as m
 from engine.cluster.identity import fingerprint
+from engine.cluster.load_check import is_host
 from engine.cluster.processes import Greeting, answer_address, end_with_parent, read_greeting
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, Frames, listen, new_local_endpoint
@@ -66,7 +67,12 @@ class Worker:
             accepted = m.WORKER_ACCEPTS | local.LOCAL_REQUESTS
         try:
             control, self.endpoint = listen(
-                self._context, zmq.ROUTER, options.keys, DOMAIN, options.endpoint
+                self._context,
+                zmq.ROUTER,
+                options.keys,
+                DOMAIN,
+                options.endpoint,
+                max_message_bytes=m.MAX_HEADER_BYTES,  # No message to a worker has tensors.
             )
         except EngineError:
             self._gatekeeper.close()
@@ -281,6 +287,8 @@ class Worker:
         cause = ""
         if message.device not in {info.device for info in options.devices}:
             cause = f"this node does not lend a device {message.device[:100]!r}"
+        elif message.listen_address and not is_host(message.listen_address):
+            cause = f"listen_address {printable(message.listen_address)!r} is no address"
         elif message.transport == "torch" and not options.is_network_trusted:
             cause = (
                 'a plan with transport "torch" is not encrypted and needs --trusted-network on '

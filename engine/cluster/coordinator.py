@@ -8,6 +8,7 @@ only `report_lost` may be called from another.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import zmq
 
 from engine.cluster import messages as m
 from engine.cluster.content_hashes import WeightSource
+from engine.cluster.pieces import MAX_PIECES
 from engine.cluster.runner_links import RunnerAddress, RunnerLinks
 from engine.cluster.weight_transfer import WeightServer
 from engine.errors import (
@@ -26,15 +28,18 @@ from engine.errors import (
     ProtocolError,
     WorkerLost,
     error_by_name,
+    one_line,
 )
 from engine.model.config import CacheDtype, ModelConfig
-from engine.plan.plan import Plan
+from engine.plan.plan import MAX_DEVICES, Plan
 
 logger = logging.getLogger(__name__)
 
 # Runs out only where neither the worker nor the heartbeat noticed anything.
 STEP_SECONDS = 120.0
 LOAD_SILENCE_SECONDS = 60.0
+# Characters of a runner's reason that a person is shown.
+MAX_REASON = 1000
 
 
 class StepAborted(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -108,6 +113,23 @@ def describe_rows(plan: Plan, device_index: int) -> str:
     if plan.cells[plan.shape.head_row][device_index]:
         text += " and the output head" if text else "the output head"
     return text or "nothing"
+
+
+def check_figures(device: str, figures: Sequence[m.LinkFigures]) -> None:
+    """Check what a device says of its links.
+
+    Raises: ProtocolError: too many of them, or a figure that is no number >= 0.
+    """
+    if len(figures) > MAX_DEVICES:
+        raise ProtocolError(
+            f"{device} tells of {len(figures):,} links, a plan has {MAX_DEVICES} devices at most"
+        )
+    for link in figures:
+        for number in (link.round_trip_seconds, link.bytes_per_second):
+            if not (math.isfinite(number) and number >= 0):
+                raise ProtocolError(
+                    f"{device} measured {number} on its link to device {link.device_index}"
+                )
 
 
 class Coordinator:
@@ -198,10 +220,19 @@ class Coordinator:
                 answer, data = server.answer(message)
                 self._links.send(device, answer, [data])
             elif isinstance(message, m.LoadProgress):
+                if message.done_bytes > message.total_bytes:
+                    raise ProtocolError(
+                        f"{device} has {message.done_bytes:,} of {message.total_bytes:,} bytes"
+                    )
                 on_progress(device, message.done_bytes, message.total_bytes)
             elif isinstance(message, m.Loaded):
+                if device in loaded:
+                    raise ProtocolError(f"{device} says twice that it has loaded")
                 loaded[device] = message
             elif isinstance(message, m.Connected):
+                if len(loaded) < len(used) or device in links:
+                    raise ProtocolError(f"{device} says unasked that it is connected")
+                check_figures(device, message.links)
                 links[device] = message.links
             elif isinstance(message, m.Failed):
                 raise self._error_of(device, message)
@@ -303,6 +334,9 @@ class Coordinator:
         plan, epoch = self._request.plan, self._request.epoch
         answers: dict[str, DeviceAnswer] = {}
         deadline = time.monotonic() + STEP_SECONDS
+        # A step has an end: each device can pass each row once with each piece.
+        most_progress = MAX_PIECES * plan.shape.num_rows
+        progress = dict.fromkeys(devices, 0)
         try:
             while len(answers) < len(devices):
                 if should_abort():
@@ -319,10 +353,16 @@ class Coordinator:
                     if message.epoch != epoch:
                         continue
                     if isinstance(message, m.StepProgress) and message.step_id == step_id:
+                        progress[device] = progress.get(device, 0) + 1
+                        if progress[device] > most_progress:
+                            raise ProtocolError(
+                                f"{device} says more often that it goes on than a step has rows"
+                            )
                         deadline = time.monotonic() + STEP_SECONDS
                     elif isinstance(message, m.Failed) and message.step_id in (0, step_id):
                         self._take_failure(device, message, step_id)
                     elif isinstance(message, m.StepAnswer) and message.step_id == step_id:
+                        check_figures(device, message.figures)
                         answers[device] = DeviceAnswer(
                             plan.devices.index(device), message, received.tensors
                         )
@@ -343,9 +383,13 @@ class Coordinator:
     def _error_of(self, device: str, message: m.Failed) -> EngineError:
         assert self._request is not None
         devices, peer = self._request.plan.devices, message.peer_index
+        reason = one_line(message.message, MAX_REASON)
         if peer is not None and 0 <= peer < len(devices) and devices[peer] != device:
-            return self._links.blame(device, devices[peer], message.message)
-        return error_by_name(message.error, f"{device}: {message.message}")
+            return self._links.blame(device, devices[peer], reason)
+        error = error_by_name(message.error, f"{device}: {reason}")
+        if isinstance(error, WorkerLost):
+            error.device = device  # Who cannot say whom it lost is what the next plan does without.
+        return error
 
     def _abort_step(self, step_id: int) -> None:
         assert self._request is not None

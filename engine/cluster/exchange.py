@@ -38,6 +38,7 @@ MAX_EARLY_BYTES = 1 << 30
 # Memory of a hand-over without its tensors, so that many without any count, too.
 HELD_BYTES = 1024
 MAX_WAYS = 4096
+MAX_TAKEN_EARLY = 100
 
 
 @dataclass(slots=True)
@@ -81,6 +82,8 @@ class Exchange:
         links: PeerLinks,
         wait: Callable[[float], None],
         add: Callable[[int, Activations, Activations], Activations],
+        *,
+        checks_numbers: bool = False,
     ) -> None:
         """Work the table out once.
 
@@ -89,6 +92,8 @@ class Exchange:
                 raises when the step is aborted or a peer is lost. Takes seconds.
             add: the residual stream after a row, from the stream before it and the sum of all
                 parts.
+            checks_numbers: whether what peers send must be finite. It costs a pass over every
+                hand-over, and blames a machine for what damaged weights or a narrow dtype do, too.
         """
         self.plan = plan
         self.device_index = device_index
@@ -98,6 +103,7 @@ class Exchange:
         self._width = width
         self._wait = wait
         self._add = add
+        self._checks_numbers = checks_numbers
         self._table = hand_over_table(plan, device_index)
         self._ways: dict[tuple[int, int, str], Way] = {}
         self._step_id = 0
@@ -217,8 +223,9 @@ class Exchange:
 
         Raises: ProtocolError: a peer sent something that no plan asks for.
         """
-        while self._take_one(was_waited_for=False):
-            pass
+        for _ in range(MAX_TAKEN_EARLY):  # The engine host is heard in between.
+            if not self._take_one(was_waited_for=False):
+                return
 
     def give_up(self, step_id: int) -> None:
         """A step was given up: `begin_step` forgets what it left."""
@@ -366,6 +373,14 @@ class Exchange:
             expect_tensor(tensors[0], self._wire, shape, what)
         if residual:
             expect_tensor(tensors[-1], "float32", shape, what)
+        if self._checks_numbers:
+            for tensor in tensors:
+                count = int(np.count_nonzero(~np.isfinite(from_wire(tensor))))
+                if count:
+                    raise ProtocolError(
+                        f"{count:,} non-finite values from {device} for "
+                        f"{self.plan.shape.row_name(row)}"
+                    )
         return tensors
 
     def _take_one(self, *, was_waited_for: bool) -> bool:
@@ -401,8 +416,10 @@ class Exchange:
         num_bytes = sum([tensor.nbytes for tensor in received.tensors])
         self._early_bytes += num_bytes + HELD_BYTES
         if self._early_bytes > MAX_EARLY_BYTES:
+            held, self._early_bytes = self._early_bytes, 0
+            self._early.clear()
             raise ProtocolError(
-                f"peers handed over {self._early_bytes:,} bytes that nothing has asked for yet, at "
+                f"peers handed over {held:,} bytes that nothing has asked for yet, at "
                 f"most {MAX_EARLY_BYTES:,} are kept"
             )
         self._early[key] = (message, received.tensors, num_bytes)

@@ -26,6 +26,7 @@ from engine.cluster import messages as m
 from engine.cluster.load_pieces import Assembly, Fetch, HashesKey, PartSlice, Piece
 from engine.cluster.local_copies import open_local_copy
 from engine.cluster.slice_cache import SliceCache
+from engine.cluster.weight_transfer import CHUNK_BYTES
 from engine.errors import ProtocolError
 from engine.kernels.matrices import Matrix
 from engine.model.content_units import SUM_BYTES, content_sum, units_of
@@ -34,8 +35,6 @@ from engine.model.share_keys import SliceKey, WeightKey
 from engine.model.weight_store import WeightStore
 from engine.weights.formats import format_named, num_bytes
 
-# Small enough that a link of some Mbit/s carries one within the time of a few heartbeats.
-CHUNK_BYTES = 512 << 10
 REQUESTS_UNDER_WAY = 32
 BYTES_UNDER_WAY = 4 * CHUNK_BYTES
 # Units are looked for in pieces of this size: some milliseconds of reading and hashing.

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def _are_the_same(files: Sequence[m.LocalFile]) -> bool:
             if not file.is_same_computer:
                 return False
             status = Path(file.path).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return False  # Opening a pipe would wait for somebody to write.
             if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
                 return False
     except (OSError, ValueError):  # Not there, or not a path this system can have.

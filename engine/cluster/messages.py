@@ -9,15 +9,16 @@ byte. This module opens no socket and decides nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import PeerRefused, PromptError, ProtocolError
-from engine.model.batch import ComputeDtype, Segment, StepKind
+from engine.errors import PeerRefused, PromptError, ProtocolError, one_line
+from engine.model.batch import ComputeDtype, Count, Index, Segment, StepKind
 from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
@@ -29,6 +30,9 @@ MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
 # Raw logits in the short form of an answer, per position and vocabulary shard.
 TOP_LOGITS = 256
+
+# Nanoseconds of a clock that started whenever, or the difference of two such clocks.
+ClockNs = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
 
 Array = npt.NDArray[Any]
 WireDtype = Literal["float32", "bfloat16", "float16", "float64", "uint8", "int64"]
@@ -81,8 +85,8 @@ class DeviceInfo(Message, frozen=True):
     device: str
     kind: Literal["cpu", "cuda"]
     label: str
-    num_cores: int
-    memory_bytes: int
+    num_cores: Index
+    memory_bytes: Count
 
 
 class Hello(Message, frozen=True):
@@ -112,7 +116,7 @@ class NodeDescription(Message, frozen=True):
     machine: str
     system: str
     version: str
-    pid: int
+    pid: Index
     devices: tuple[DeviceInfo, ...]
     trusted_network: bool = False
 
@@ -137,13 +141,13 @@ class Enrolled(Message, frozen=True):
 class Probe(Message, frozen=True):
     """The engine host times the way to a worker and back; `number` is returned in ProbeAnswer."""
 
-    number: int
+    number: Count
 
 
 class ProbeAnswer(Message, frozen=True):
     """Answer to Probe, at once."""
 
-    number: int
+    number: Count
 
 
 class DeviceSpeed(Message, frozen=True):
@@ -187,7 +191,7 @@ class RunnerStarted(Message, frozen=True):
     """
 
     device: str
-    pid: int
+    pid: Index
     control_endpoint: str
     exchange_endpoint: str
     public_key: bytes
@@ -204,7 +208,7 @@ class RunnerExited(Message, frozen=True):
     """A runner ended; `cause` is one line: exit code or signal, and its last words."""
 
     device: str
-    pid: int
+    pid: Index
     cause: str
 
 
@@ -212,9 +216,9 @@ class ProcessUsage(Message, frozen=True):
     """CPU (100 = one core) and resident memory of one process."""
 
     role: str
-    pid: int
+    pid: Index
     cpu_percent: float
-    memory_bytes: int
+    memory_bytes: Count
 
 
 class GpuUsage(Message, frozen=True):
@@ -222,8 +226,8 @@ class GpuUsage(Message, frozen=True):
 
     device: str
     percent: float | None
-    memory_used_bytes: int
-    memory_total_bytes: int
+    memory_used_bytes: Count
+    memory_total_bytes: Count
     temperature_c: float | None
     power_w: float | None
 
@@ -232,8 +236,8 @@ class Telemetry(Message, frozen=True):
     """What a node is doing right now; rates are over the time since the last one."""
 
     cpu_percent: float
-    memory_used_bytes: int
-    memory_total_bytes: int
+    memory_used_bytes: Count
+    memory_total_bytes: Count
     network_in_bytes_per_second: float
     network_out_bytes_per_second: float
     processes: tuple[ProcessUsage, ...]
@@ -252,7 +256,7 @@ class Shutdown(Message, frozen=True):
 class Peer(Message, frozen=True):
     """A runner of this epoch, as the others need to know it."""
 
-    device_index: int
+    device_index: Index
     exchange_endpoint: str
     public_key: bytes
 
@@ -265,7 +269,7 @@ class LocalFile(Message, frozen=True):
     """
 
     path: str
-    num_bytes: int
+    num_bytes: Count
     modified_ns: int
     is_same_computer: bool
 
@@ -278,14 +282,14 @@ class Load(Message, frozen=True):
         rendezvous: where the devices of a plan with transport "torch" meet, "ADDRESS:PORT".
     """
 
-    epoch: int
+    epoch: Count
     config: ModelConfig
     plan: Plan
-    device_index: int
+    device_index: Index
     dtype: ComputeDtype
     kv_window: int
     kv_dtype: CacheDtype
-    num_threads: int
+    num_threads: Index
     checkpoint_id: str
     tensors: tuple[TensorInfo, ...]
     peers: tuple[Peer, ...]
@@ -300,51 +304,51 @@ class HashesRequest(Message, frozen=True):
         start, end: half-open range of units.
     """
 
-    epoch: int
+    epoch: Count
     name: str
-    axis: int
-    unit: int
-    start: int
-    end: int
+    axis: Index
+    unit: Count
+    start: Count
+    end: Count
 
 
 class SliceHashes(Message, frozen=True):
     """Answer to HashesRequest; one uint8 [units, 32] frame of SHA-256 sums of file bytes."""
 
-    epoch: int
+    epoch: Count
     name: str
-    axis: int
-    unit: int
-    start: int
-    end: int
+    axis: Index
+    unit: Count
+    start: Count
+    end: Count
 
 
 class WeightRequest(Message, frozen=True):
     """A runner asks for a slice in file format; bounds in elements along `axis`."""
 
-    epoch: int
+    epoch: Count
     name: str
-    axis: int
-    start: int
-    end: int
+    axis: Index
+    start: Count
+    end: Count
 
 
 class WeightSlice(Message, frozen=True):
     """Answer to WeightRequest; one uint8 frame with the slice in file format."""
 
-    epoch: int
+    epoch: Count
     name: str
-    axis: int
-    start: int
-    end: int
+    axis: Index
+    start: Count
+    end: Count
 
 
 class LoadProgress(Message, frozen=True):
     """Bytes of weights at hand so far, in file format, wherever they came from."""
 
-    epoch: int
-    done_bytes: int
-    total_bytes: int
+    epoch: Count
+    done_bytes: Count
+    total_bytes: Count
 
 
 class Loaded(Message, frozen=True):
@@ -356,17 +360,17 @@ class Loaded(Message, frozen=True):
         cached_bytes, local_bytes: that came from the node's cache, or from its copy of the model.
     """
 
-    epoch: int
-    weight_bytes: int
-    received_bytes: int = 0
-    cached_bytes: int = 0
-    local_bytes: int = 0
+    epoch: Count
+    weight_bytes: Count
+    received_bytes: Count = 0
+    cached_bytes: Count = 0
+    local_bytes: Count = 0
 
 
 class Connect(Message, frozen=True):
     """Everyone has loaded: connect to your peers, measure the links, answer Connected."""
 
-    epoch: int
+    epoch: Count
 
 
 class LinkFigures(Message, frozen=True):
@@ -376,7 +380,7 @@ class LinkFigures(Message, frozen=True):
         bytes_per_second: from that device to this one.
     """
 
-    device_index: int
+    device_index: Index
     round_trip_seconds: float
     bytes_per_second: float
 
@@ -384,7 +388,7 @@ class LinkFigures(Message, frozen=True):
 class Connected(Message, frozen=True):
     """All peers answer; `links` has one entry for each."""
 
-    epoch: int
+    epoch: Count
     links: tuple[LinkFigures, ...]
 
 
@@ -396,8 +400,8 @@ class SlotOperation(Message, frozen=True):
     """
 
     action: Literal["free", "truncate"]
-    slot: int
-    length: int = 0
+    slot: Index
+    length: Index = 0
 
 
 class LogitsWanted(Message, frozen=True):
@@ -413,7 +417,7 @@ class LogitsWanted(Message, frozen=True):
     """
 
     form: Literal["top", "full"]
-    ids: tuple[tuple[int, ...], ...] = ()
+    ids: tuple[tuple[Index, ...], ...] = ()
     temperatures: tuple[float, ...] = ()
     raw_sums: tuple[bool, ...] = ()
 
@@ -424,8 +428,8 @@ class Step(Message, frozen=True):
     Tensors: float32 [T, width] input embeddings for devices of the first row, else none.
     """
 
-    epoch: int
-    step_id: int
+    epoch: Count
+    step_id: Count
     kind: StepKind
     segments: tuple[Segment, ...]
     operations: tuple[SlotOperation, ...]
@@ -435,18 +439,18 @@ class Step(Message, frozen=True):
 class StepProgress(Message, frozen=True):
     """A long step goes on: its device has come to plan row `row`."""
 
-    epoch: int
-    step_id: int
-    row: int
+    epoch: Count
+    step_id: Count
+    row: Index
 
 
 class LinkTraffic(Message, frozen=True):
     """What went over one link in a step, and how long this device waited for the other end."""
 
-    device_index: int
-    sent_bytes: int
-    received_bytes: int
-    wait_ns: int
+    device_index: Index
+    sent_bytes: Count
+    received_bytes: Count
+    wait_ns: Count
 
 
 class StepAnswer(Message, frozen=True):
@@ -464,14 +468,14 @@ class StepAnswer(Message, frozen=True):
         figures: of links whose figures the traffic has changed, at most once a second.
     """
 
-    epoch: int
-    step_id: int
-    compute_ns: int
-    wait_ns: int
-    serialise_ns: int
-    sent_bytes: int
-    received_bytes: int
-    cache_bytes: int
+    epoch: Count
+    step_id: Count
+    compute_ns: Count
+    wait_ns: Count
+    serialise_ns: Count
+    sent_bytes: Count
+    received_bytes: Count
+    cache_bytes: Count
     links: tuple[LinkTraffic, ...] = ()
     figures: tuple[LinkFigures, ...] = ()
 
@@ -479,21 +483,21 @@ class StepAnswer(Message, frozen=True):
 class FetchLogits(Message, frozen=True):
     """Ask for the full logits of the last step; answered by a StepAnswer in form "full"."""
 
-    epoch: int
-    step_id: int
+    epoch: Count
+    step_id: Count
 
 
 class Abort(Message, frozen=True):
     """Give up every step of epochs up to this one; wakes whoever waits in an exchange."""
 
-    epoch: int
+    epoch: Count
 
 
 class AbortStep(Message, frozen=True):
     """Give up one step, whose answer nobody wants any more; there will be none."""
 
-    epoch: int
-    step_id: int
+    epoch: Count
+    step_id: Count
 
 
 class Failed(Message, frozen=True):
@@ -504,11 +508,11 @@ class Failed(Message, frozen=True):
         peer_index: the device that cannot be reached any more, where that is the reason.
     """
 
-    epoch: int
+    epoch: Count
     error: str
     message: str
-    step_id: int = 0
-    peer_index: int | None = None
+    step_id: Count = 0
+    peer_index: Index | None = None
 
 
 # ---- runner -> runner ------------------------------------------------------------------------
@@ -529,33 +533,33 @@ class HandOver(Message, frozen=True):
             sender, by both clocks; None while unknown.
     """
 
-    epoch: int
-    step_id: int
-    row: int
-    piece: int
-    device_index: int
+    epoch: Count
+    step_id: Count
+    row: Index
+    piece: Index
+    device_index: Index
     phase: Literal["part", "finished"]
     has_partial: bool
     has_residual: bool
-    sent_ns: int
-    heard_ns: int | None = None
+    sent_ns: ClockNs
+    heard_ns: ClockNs | None = None
 
 
 class Ping(Message, frozen=True):
     """Asks a peer for a Pong with the same number and a uint8 frame of so many bytes (0: none)."""
 
-    epoch: int
-    device_index: int
-    number: int
-    reply_bytes: int
+    epoch: Count
+    device_index: Index
+    number: Count
+    reply_bytes: Count
 
 
 class Pong(Message, frozen=True):
     """Answer to Ping."""
 
-    epoch: int
-    device_index: int
-    number: int
+    epoch: Count
+    device_index: Index
+    number: Count
 
 
 WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown
@@ -598,6 +602,8 @@ M = TypeVar("M")
 
 # Reads the version of a message that is otherwise unknown.
 VERSION_DECODER = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw])
+# And its name.
+TAG_DECODER = msgspec.msgpack.Decoder(tuple[int, tuple[msgspec.Raw, ...], msgspec.Raw])
 
 
 class Codec(Generic[M]):
@@ -607,6 +613,9 @@ class Codec(Generic[M]):
         """Args: accepted: a struct type or a union of them."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(tuple[int, accepted, tuple[TensorSpec, ...]])
+        self._fields: dict[str, tuple[str, ...]] = {
+            kind.__name__: kind.__struct_fields__ for kind in get_args(accepted) or (accepted,)
+        }
 
     def encode(self, message: Message, tensors: Sequence[Array] = ()) -> list[Any]:
         """Header frame, then one buffer per tensor.
@@ -653,7 +662,8 @@ class Codec(Generic[M]):
             self._refuse_other_version(header)
             first = header[:2].hex(" ")
             raise ProtocolError(
-                f"part 0 is not a known message (first bytes {first}): {error}"
+                f"part 0 is not a known message (first bytes {first}): "
+                f"{self._named(one_line(str(error)), header)}"
             ) from error
         if version != PROTOCOL_VERSION:
             self._refuse_other_version(header)
@@ -664,6 +674,25 @@ class Codec(Generic[M]):
             )
         tensors = [read_tensor(s, f) for s, f in zip(specs, frames[1:], strict=True)]
         return message, tensors
+
+    def _named(self, reason: str, header: memoryview) -> str:
+        """A decoder's reason, with the name of the message and field besides its place."""
+        spec = re.search(r"`\$\[2\]\[(\d+)\]\[([01])\]", reason)
+        if spec is not None:
+            field = TensorSpec.__struct_fields__[int(spec[2])]
+            return f"{reason}, which is the {field} of tensor {spec[1]}"
+        place = re.search(r"`\$\[1\]\[(\d+)\]", reason)
+        if place is None:
+            return reason
+        try:
+            _version, [tag, *_], _specs = TAG_DECODER.decode(header)
+            fields = self._fields.get(msgspec.msgpack.decode(tag, type=str), ())
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            return reason
+        number = int(place[1]) - 1
+        if not 0 <= number < len(fields):
+            return reason
+        return f"{reason}, which is {fields[number]}"
 
     @staticmethod
     def _refuse_other_version(header: memoryview) -> None:

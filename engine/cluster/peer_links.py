@@ -28,6 +28,8 @@ NUM_PINGS = 10
 TRANSFER_SECONDS = 0.02
 LARGEST_TRANSFER = 8 << 20
 _FIRST_TRANSFER = 64 << 10
+# Messages in a row that are not hand-overs of this epoch.
+MAX_PASSED_OVER = 200
 _LOSSES = {
     zmq.EVENT_DISCONNECTED: "its connection broke, or it is frozen",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it does not finish the handshake",
@@ -68,6 +70,8 @@ class PeerLinks:
         self._estimates: dict[int, LinkEstimate] = {}
         # The last answer to a ping: its bytes, and when it came.
         self._pongs: deque[tuple[m.Pong, int, int]] = deque(maxlen=1)
+        # Sent without a copy, so that a thousand unread answers take no memory.
+        self._ballast = np.zeros(LARGEST_TRANSFER, np.uint8)
         for peer in peers:
             socket = connect(context, zmq.PUSH, keys, peer.public_key, peer.exchange_endpoint)
             self._outboxes[peer.device_index] = Channel(socket, m.HandOver)
@@ -122,12 +126,15 @@ class PeerLinks:
     def receive(self, *, was_waited_for: bool) -> Received[m.HandOver] | None:
         """The next hand-over of this epoch, if one is there; pings on the way are answered.
 
+        A peer that sends without end does not keep this thread: after some messages it returns,
+        though more may be there.
+
         Args:
             was_waited_for: whether this thread was waiting when it came, so that its arrival is
                 now and says something about the link.
         Raises: ProtocolError, PeerRefused: a peer sent something else.
         """
-        while True:
+        for _ in range(MAX_PASSED_OVER):
             received = self._inbox.receive(0)
             if received is None:
                 return None
@@ -153,6 +160,7 @@ class PeerLinks:
             else:
                 arrived = sum(tensor.nbytes for tensor in received.tensors)
                 self._pongs.append((message, arrived, time.perf_counter_ns()))
+        return None
 
     def measure(self, wait: Wait) -> tuple[m.LinkFigures, ...]:
         """Prove that every peer hears this device and is heard, and measure the links.
@@ -236,5 +244,5 @@ class PeerLinks:
                 f"{ping.reply_bytes:,} bytes, at most {LARGEST_TRANSFER:,} are sent"
             )
         pong = m.Pong(epoch=self._epoch, device_index=self._index, number=ping.number)
-        payload = [np.zeros(ping.reply_bytes, np.uint8)] if ping.reply_bytes else []
+        payload = [self._ballast[: ping.reply_bytes]] if ping.reply_bytes else []
         self.send(ping.device_index, pong, payload)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import zmq
 from engine.cluster import messages as m
 from engine.cluster.collective import Collective
 from engine.cluster.exchange import Exchange
+from engine.cluster.load_check import check_load
 from engine.cluster.loading import Loader
 from engine.cluster.peer_links import PeerLinks
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
@@ -28,7 +30,7 @@ from engine.cluster.stepping import Stepping, to_tensor
 from engine.cluster.torch_exchange import TorchExchange
 from engine.cluster.torch_group import Rendezvous
 from engine.cluster.transport import Channel, listen
-from engine.errors import EngineError, ProtocolError, WorkerLost
+from engine.errors import EngineError, ProtocolError, WorkerLost, one_line
 from engine.kernels.matrices import Matrix
 from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # At most so often the engine host hears of a long step, and of links that changed.
 REPORT_SECONDS = 1.0
+# Characters of what is wrong: some of them may be a peer's.
+MAX_REASON = 1000
 
 
 class _AbortedError(Exception):
@@ -58,6 +62,7 @@ class Runner:
         cache_folder: Path = Path(),
         cache_limit_bytes: int = 0,
         is_host_here: bool = False,
+        checks_numbers: bool = False,
     ) -> None:
         """Listen.
 
@@ -70,6 +75,7 @@ class Runner:
             cache_folder: where weights that came over the wire are kept, at most
                 `cache_limit_bytes` of them; 0 keeps none.
             is_host_here: whether the engine host is this computer's own.
+            checks_numbers: whether peers' hand-overs must be finite; not with transport "torch".
         """
         self.device = device
         kind = device.rpartition("/")[2]
@@ -98,6 +104,7 @@ class Runner:
         self._cache_folder = cache_folder
         self._cache_limit_bytes = cache_limit_bytes
         self._is_host_here = is_host_here
+        self._checks_numbers = checks_numbers
         self._shard: ModelShard | None = None
         self._loaded: m.Load | None = None
         self._stepping: Stepping | None = None
@@ -182,7 +189,7 @@ class Runner:
             epoch=epoch,
             step_id=step_id,
             error=type(error).__name__,
-            message=str(error),
+            message=one_line(str(error), MAX_REASON),
             peer_index=devices.index(lost) if lost in devices else None,
         )
         with contextlib.suppress(WorkerLost):  # The engine host may be what is gone.
@@ -198,7 +205,7 @@ class Runner:
         elif isinstance(message, m.FetchLogits):
             self._fetch_logits(message)
         elif isinstance(message, m.Abort):
-            self._aborted_epoch = max(self._aborted_epoch, message.epoch)
+            self._note_aborted(message)
         elif isinstance(message, m.AbortStep):
             self._note_given_up(message)  # Its answer is on the way already.
         elif isinstance(message, m.WeightSlice | m.SliceHashes):
@@ -243,7 +250,7 @@ class Runner:
         if received is None:
             return
         if isinstance(received.message, m.Abort):
-            self._aborted_epoch = max(self._aborted_epoch, received.message.epoch)
+            self._note_aborted(received.message)
             if received.message.epoch >= self._epoch:
                 raise _AbortedError
         elif isinstance(received.message, m.AbortStep):
@@ -256,6 +263,12 @@ class Runner:
         else:
             self._pending.append((received.message, received.tensors))
 
+    def _note_aborted(self, message: m.Abort) -> None:
+        # Never an epoch that nobody has heard of: no load could follow it.
+        known = [load.epoch for load, _ in self._pending if isinstance(load, m.Load)]
+        newest = max([self._epoch, *known])
+        self._aborted_epoch = max(self._aborted_epoch, min(message.epoch, newest))
+
     def _note_given_up(self, message: m.AbortStep) -> None:
         if self._stepping is not None and message.epoch == self._epoch:
             self._stepping.exchange.give_up(message.step_id)
@@ -263,16 +276,18 @@ class Runner:
     # ---- load --------------------------------------------------------------------------------
 
     def _load(self, load: m.Load) -> None:
-        load.config.validate()
-        load.plan.validate()
-        if not 0 <= load.device_index < len(load.plan.devices):
-            raise ProtocolError(f"device {load.device_index} is not in the plan")
+        if load.epoch <= self._aborted_epoch:
+            raise ProtocolError(
+                f"load for epoch {load.epoch}, which was given up; the next one is after "
+                f"{self._aborted_epoch}"
+            )
+        check_load(load)
         if load.plan.transport == "torch" and self.rendezvous is None:
             raise ProtocolError(
                 f"{self.device} was not started for transport torch: whether its network is "
                 "trusted was not asked. Start its runner for that transport"
             )
-        torch.set_num_threads(max(1, load.num_threads))
+        torch.set_num_threads(min(load.num_threads, os.cpu_count() or 1))
         self._epoch = load.epoch
         self._shard = self._loaded = None
         self._gatekeeper.allow("exchange", *(peer.public_key for peer in load.peers))
@@ -331,9 +346,17 @@ class Runner:
             if isinstance(message, m.WeightSlice | m.SliceHashes):
                 loader.take(message, tensors)
             elif isinstance(message, m.Abort):
-                raise _AbortedError
+                self._note_aborted(message)
+                if message.epoch >= self._epoch:
+                    raise _AbortedError
+            elif isinstance(message, m.AbortStep):
+                pass  # Of the plan before.
             elif isinstance(message, m.Failed):
-                raise ProtocolError(message.message)
+                raise ProtocolError(one_line(message.message))
+            elif isinstance(message, m.Load):
+                # The engine host has given this one up, whether or not it could say so.
+                self._pending.appendleft((message, tensors))
+                raise _AbortedError
             elif isinstance(message, m.Shutdown):
                 self._should_end.set()
                 return False
@@ -402,7 +425,14 @@ class Runner:
             )
         else:
             exchange = Exchange(
-                load.epoch, load.plan, load.device_index, load.config.width, links, self._wait, add
+                load.epoch,
+                load.plan,
+                load.device_index,
+                load.config.width,
+                links,
+                self._wait,
+                add,
+                checks_numbers=self._checks_numbers,
             )
         self._stepping = Stepping(shard, exchange, device, self._between_rows)
         return self._stepping
@@ -434,11 +464,7 @@ class Runner:
         self._row = self._reported_row = -1
         self._step_reported_at = time.monotonic()
         exchange.begin_step(step.step_id, step.kind)
-        for operation in step.operations:
-            if operation.action == "free":
-                shard.cache.free(operation.slot)
-            else:
-                shard.cache.truncate(operation.slot, operation.length)
+        stepping.change_slots(step.operations)
         with torch.inference_mode():
             answer_tensors = stepping.compute(step, tensors)
         c = exchange.counters
@@ -467,6 +493,7 @@ class Runner:
     def _fetch_logits(self, message: m.FetchLogits) -> None:
         last = self._last_answer
         logits = self._stepping.full_logits() if self._stepping is not None else None
-        if last is None or last[0] != message.step_id or logits is None:
+        is_last = last is not None and last[0] == message.step_id and message.epoch == self._epoch
+        if last is None or not is_last or logits is None:
             raise ProtocolError(f"the logits of step {message.step_id} are gone")
         self._send(last[1], [logits])

@@ -20,7 +20,7 @@ import zmq.utils.monitor
 from engine.cluster import messages as m
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, Received, connect
-from engine.errors import ProtocolError, WorkerLost
+from engine.errors import PeerRefused, ProtocolError, WorkerLost
 
 # A runner that listens is connected to at once; one behind a cut cable never.
 CONNECT_SECONDS = 10.0
@@ -28,6 +28,8 @@ CONNECT_SECONDS = 10.0
 CAUSE_SECONDS = 1.0
 # From a runner's word that it lost a peer to our own knowledge that this one is gone.
 BLAME_SECONDS = 2.0
+# Messages that a runner has not read: it asks for some 50 at a time. Each may be a slice of weights.
+MAX_QUEUED = 128
 
 
 class RunnerAddress(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class _Link:
             address.host_keys,
             address.public_key,
             address.control_endpoint,
+            max_queued=MAX_QUEUED,
         )
         self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
         self.monitor = socket.get_monitor_socket(
@@ -170,8 +173,8 @@ class RunnerLinks:
             if link.channel.socket in ready:
                 try:
                     received = link.channel.receive(0)
-                except ProtocolError as error:
-                    raise ProtocolError(f"{device}: {error}") from error
+                except (ProtocolError, PeerRefused) as error:
+                    raise type(error)(f"{device}: {error}") from error
                 if received is not None:
                     messages.append((device, received))
             if link.monitor in ready and link.is_disconnected():

@@ -16,6 +16,8 @@ from engine.cluster.processes import answer_address, end_with_parent, read_greet
 from engine.weights.models import cache_folder
 
 CACHE_LIMIT_BYTES = 50_000_000_000
+# "1" refuses hand-overs with numbers that are not finite, and names who sent them.
+CHECK_NUMBERS_VARIABLE = "SHARDMIX_CHECK_NUMBERS"
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
         Path(str(slices_folder)),
         int(greeting.settings.get("cache_limit_bytes", CACHE_LIMIT_BYTES)),
         greeting.settings.get("is_host_here") is True,
+        os.environ.get(CHECK_NUMBERS_VARIABLE) == "1",
     )
     endpoints = [runner.control_endpoint, runner.exchange_endpoint]
     if runner.rendezvous is not None:

@@ -7,7 +7,8 @@ of its answer. It checks what the engine host sent; it opens no socket.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,11 +20,15 @@ from engine.cluster.short_logits import check_wanted, short_form
 from engine.errors import ProtocolError
 from engine.kernels.torch_kernels import Batch
 from engine.model.batch import StepKind
+from engine.model.kv_cache import MAX_SLOTS
 from engine.model.shard import ModelShard
 from engine.model.view import LONGEST_STEP
 from engine.plan.plan import Plan
 
 MAX_STEP_TOKENS = 1 << 16
+MAX_LOGITS_BYTES = 128 << 20
+# A slot needs two at most in one step.
+MAX_OPERATIONS = 2 * MAX_SLOTS
 
 
 class Stepping:
@@ -54,8 +59,11 @@ class Stepping:
             return []
         shard, exchange = self.shard, self.exchange
         num_tokens = _check_segments(step)
-        check_wanted(step.logits, sum(len(s.logit_offsets) for s in step.segments))
+        num_logits = sum(len(s.logit_offsets) for s in step.segments)
+        check_wanted(step.logits, num_logits)
+        self._check_answer(num_logits)
         x = self._embeddings(tensors, num_tokens)
+        shard.cache.check(step.segments)
         pieces = cut_step(step.segments, num_pieces(shard.plan, step.kind, num_tokens))
         batches = [shard.batch(step.kind, piece.segments) for piece in pieces]
         streams = [None if x is None else x[p.first_token : p.end_token] for p in pieces]
@@ -81,9 +89,37 @@ class Stepping:
         exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
 
+    def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
+        """Free slots and cut them back, before a step computes.
+
+        Raises: ProtocolError: too many at once, or what was cut away has left the ring.
+        """
+        if len(operations) > MAX_OPERATIONS:
+            raise ProtocolError(
+                f"a step has {len(operations):,} slot operations, at most {MAX_OPERATIONS:,} fit"
+            )
+        cache = self.shard.cache
+        for operation in operations:
+            if operation.action == "free":
+                cache.free(operation.slot)
+            else:
+                cache.truncate(operation.slot, operation.length)
+
     def full_logits(self) -> m.Array | None:
         """All logits of the last step, float32 [N, shard rows]; None where there are none."""
         return None if self._last_logits is None else self._last_logits.float().cpu().numpy()
+
+    def _check_answer(self, num_logits: int) -> None:
+        """Refuse logits that no answer could carry, before they are computed."""
+        first, end = self.shard.plan.unit_range(
+            self.shard.plan.shape.head_row, self.exchange.device_index
+        )
+        num_bytes = num_logits * (end - first) * 4
+        if num_bytes > MAX_LOGITS_BYTES:
+            raise ProtocolError(
+                f"logits of {num_logits:,} positions are {num_bytes:,} bytes, at most "
+                f"{MAX_LOGITS_BYTES:,} are computed in one step"
+            )
 
     def _embeddings(self, tensors: list[m.Array], num_tokens: int) -> torch.Tensor | None:
         """The input of the first row, for a device that has a share of it."""
@@ -199,7 +235,7 @@ def _check_segments(step: m.Step) -> int:
             )
         if any(not 0 <= offset < segment.token_count for offset in segment.logit_offsets):
             raise ProtocolError(f"slot {segment.slot}: a logits offset is outside the segment")
-        if list(segment.logit_offsets) != sorted(segment.logit_offsets):
+        if any(a >= b for a, b in pairwise(segment.logit_offsets)):
             raise ProtocolError(f"slot {segment.slot}: its logits offsets do not ascend")
     num_tokens = sum(segment.token_count for segment in step.segments)
     if num_tokens > MAX_STEP_TOKENS:

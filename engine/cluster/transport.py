@@ -85,6 +85,7 @@ def _prepare(
     is_watched: bool,
     max_message_bytes: int,
     max_waiting: int = MAX_WAITING,
+    max_queued: int = MAX_WAITING,
 ) -> None:
     socket.linger = 0
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
@@ -95,7 +96,7 @@ def _prepare(
         # water mark, and would take the missing heartbeats for a lost connection.
         socket.sndhwm = socket.rcvhwm = 0
         return
-    socket.sndhwm = MAX_WAITING
+    socket.sndhwm = max_queued
     socket.rcvhwm = max_waiting
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -165,16 +166,18 @@ def connect(
     *,
     is_watched: bool = True,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_queued: int = MAX_WAITING,
 ) -> zmq.Socket[Any]:
     """Connect to a listening socket whose public key is known.
 
     Args:
         is_watched: whether heartbeats tell that the other end is gone; the same on both ends.
         max_message_bytes: a peer that sends a longer frame is disconnected.
+        max_queued: messages that wait to be sent before one more is an error.
     Raises: ProtocolError: the endpoint or the key is not one.
     """
     socket = context.socket(kind)
-    _prepare(socket, is_watched, max_message_bytes)
+    _prepare(socket, is_watched, max_message_bytes, max_queued=max_queued)
     try:
         _dial(socket, keys, server_key, endpoint)
     except ProtocolError:

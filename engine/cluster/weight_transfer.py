@@ -13,15 +13,18 @@ import numpy as np
 
 from engine.cluster import messages as m
 from engine.cluster.content_hashes import ContentHashes, WeightSource
-from engine.errors import ProtocolError
+from engine.errors import ProtocolError, one_line
 from engine.model.config import ModelConfig
 from engine.model.content_units import units_of
 from engine.plan.plan import PlanShape
-from engine.weights.formats import num_bytes
+from engine.weights.formats import format_named, num_bytes
 
 # Reading and hashing this much takes some tens of milliseconds: nobody else waits for long.
 MAX_HASHED_BYTES = 16 << 20
-# A runner asks for far less, except where a column of a tall matrix cannot be cut further.
+# What a runner asks for at a time: small enough that a link of some Mbit/s carries it within the
+# time of a few heartbeats.
+CHUNK_BYTES = 512 << 10
+# Only a row, or a column of blocks, that cannot be cut further may be more.
 MAX_SLICE_BYTES = 64 << 20
 
 
@@ -53,7 +56,9 @@ class WeightServer:
         """
         info = self._tensors.get(asked.name)
         if info is None:
-            raise ProtocolError(f"a runner asked for the unknown tensor {asked.name!r}")
+            raise ProtocolError(
+                f"a runner asked for the unknown tensor {one_line(asked.name, 100)!r}"
+            )
         if isinstance(asked, m.HashesRequest):
             return self._sums(asked, info)
         return self._slice(asked, info)
@@ -99,10 +104,13 @@ class WeightServer:
             )
         size = num_bytes(info.format, info.shape)
         size = size * (asked.end - asked.start) // info.shape[asked.axis]
-        if size > MAX_SLICE_BYTES:
+        is_rows = asked.axis == 0 and len(info.shape) > 1
+        least = 1 if is_rows else format_named(info.format).block_size
+        limit = MAX_SLICE_BYTES if asked.end - asked.start <= least else CHUNK_BYTES
+        if size > limit:
             raise ProtocolError(
                 f"a runner asked for {size:,} bytes of {asked.name} at once, at most "
-                f"{MAX_SLICE_BYTES:,} are sent"
+                f"{limit:,} are sent"
             )
         data = self._source.read_slice(asked.name, asked.axis, asked.start, asked.end)
         answer = m.WeightSlice(

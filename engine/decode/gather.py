@@ -83,10 +83,15 @@ def _shards(
     m.expect_tensor(asked_values, "float32", (sum(len(o) for o in own),), what)
     if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
         raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
+    if (values[:, :-1] < values[:, 1:]).any():  # False of what is no number.
+        raise ProtocolError(f"{what}: the largest do not come first")
+    _check_sums(what, values, log_sums, raw_sums)
     shards: list[ShardLogits] = []
     at = 0
     for position, own_ids in enumerate(own):
         stop = at + len(own_ids)
+        if len(set(ids[position].tolist())) < width:
+            raise ProtocolError(f"{what}: an id comes twice")
         shards.append(
             ShardLogits(
                 ids[position],
@@ -99,3 +104,10 @@ def _shards(
         )
         at = stop
     return shards
+
+
+def _check_sums(what: str, values: m.Array, *sums: m.Array) -> None:
+    """A sum may be no number only where a logit is none, as damaged weights make them."""
+    is_sound = np.isfinite(values).all(axis=1)
+    if any(np.isnan(array[is_sound]).any() for array in sums):
+        raise ProtocolError(f"{what}: a log-sum-exp is not a number, though the logits are")

@@ -111,7 +111,15 @@ class Node:
 
     def connect_child(self, context: zmq.Context[Any], server_key: bytes, endpoint: str) -> None:
         """Connect to a worker that this host started."""
-        self._open(connect(context, zmq.DEALER, self.keys, server_key, endpoint))
+        socket = connect(
+            context,
+            zmq.DEALER,
+            self.keys,
+            server_key,
+            endpoint,
+            max_message_bytes=m.MAX_HEADER_BYTES,
+        )
+        self._open(socket)
 
     def connect(self, context: zmq.Context[Any], keys: KeyPair, endpoint: str) -> None:
         """Connect to a worker elsewhere, once.

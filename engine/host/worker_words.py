@@ -69,10 +69,14 @@ def host_of(endpoint: str) -> str:
 
 def _description(message: m.NodeDescription) -> m.NodeDescription:
     _check_devices([info.device for info in message.devices])
+    if not message.devices:
+        raise ProtocolError("a node without devices; it lends one at least")
     for info in message.devices:
         if not info.device.rpartition("/")[2].startswith(info.kind):
             raise ProtocolError(f"{one_line(info.device, 80)} is called a {info.kind}")
-        if not (0 <= info.memory_bytes <= MAX_FIGURE and 0 <= info.num_cores <= MAX_CORES):
+        least_cores = 1 if info.kind == "cpu" else 0
+        are_cores = least_cores <= info.num_cores <= MAX_CORES
+        if not (0 <= info.memory_bytes <= MAX_FIGURE and are_cores):
             raise ProtocolError(
                 f"{one_line(info.device, 80)} is said to have {info.num_cores} cores and "
                 f"{info.memory_bytes} bytes of memory"

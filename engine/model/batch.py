@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -10,6 +10,11 @@ ComputeDtype = Literal["float32", "bfloat16", "int8"]
 # All tokens of a step are prompt tokens, or all are generated ones: a token's arithmetic depends
 # on its kind and not on its company.
 StepKind = Literal["prompt", "generated"]
+
+# What a peer may say where a number counts things, or names one of them. Sums of many of them still
+# fit into 64 bits.
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 
 
 # Columns that share one scale in int8.
@@ -26,7 +31,7 @@ class Segment(
         logit_offsets: offsets in [0, token_count) whose logits are wanted.
     """
 
-    slot: int
-    first_position: int
-    token_count: int
-    logit_offsets: tuple[int, ...]
+    slot: Index
+    first_position: Index
+    token_count: Index
+    logit_offsets: tuple[Index, ...]

@@ -23,6 +23,8 @@ CacheDtype = Literal["float32", "bfloat16", "float16"]
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 MAX_EXPERTS = 4096
+# Each has a table in memory of its own; models have one or two.
+MAX_ROPES = 8
 NO_ROPE = -1
 
 
@@ -222,8 +224,8 @@ class ModelConfig(
         _check_whole("tuning_floor", self.tuning_floor, 0, 1 << 30)
         if not math.isfinite(self.tuning_scale):
             raise ConfigError(f"tuning_scale {self.tuning_scale} is not a number")
-        if len(self.ropes) > MAX_LAYERS:
-            raise ConfigError(f"{len(self.ropes):,} RoPE tables, at most {MAX_LAYERS} are allowed")
+        if len(self.ropes) > MAX_ROPES:
+            raise ConfigError(f"{len(self.ropes):,} RoPE tables, at most {MAX_ROPES} are allowed")
         for rope in self.ropes:
             _check_rope(rope, self.head_width)
         for number, layer in enumerate(self.layers):

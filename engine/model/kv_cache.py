@@ -7,15 +7,20 @@ counting when the oldest leave. H kv heads of this device, S cached tokens, D he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.errors import ProtocolError
+from engine.errors import CacheFull, ProtocolError
+from engine.model.batch import Segment
 from engine.model.config import CacheDtype, ModelConfig
-from engine.model.view import LONGEST_STEP, View, can_truncate
+from engine.model.device_memory import free_bytes
+from engine.model.view import FIRST_CAPACITY, LONGEST_STEP, View, cache_bytes, can_truncate
+
+# An engine host uses some 70.
+MAX_SLOTS = 4096
 
 CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -111,12 +116,63 @@ class KVCache:
         self._head_width = config.head_width
         self._kv_heads_by_layer = dict(kv_heads_by_layer)
         self._views = {n: View.of_layer(config.layers[n], window) for n in kv_heads_by_layer}
+        self._dtype_name: CacheDtype = dtype
         self._dtype = CACHE_DTYPES[dtype]
         self._device = device
         self._config = config
         self._lengths: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._layers: dict[int, dict[int, LayerCache]] = {}
+        # Positions up to which a slot takes no more memory than it has.
+        self._room: dict[int, int] = {}
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Whether a step's segments follow what is there, and there is memory for them.
+
+        Args: segments: of different slots.
+        Raises:
+            ProtocolError: a segment leaves a gap, repeats a position, or opens a slot too many.
+            CacheFull: the keys and values do not fit into the device's free memory.
+        """
+        growing: list[tuple[int, int]] = []
+        for segment in segments:
+            slot, end = segment.slot, segment.first_position + segment.token_count
+            length = self._lengths.get(slot, 0)
+            if segment.first_position != length:
+                raise ProtocolError(
+                    f"slot {slot}: expected position {length}, got {segment.first_position}"
+                )
+            if end > self._room.get(slot, 0):
+                growing.append((slot, end))
+        if not growing:
+            return
+        num_slots = len(self._lengths) + sum(slot not in self._lengths for slot, _ in growing)
+        if num_slots > MAX_SLOTS:
+            raise ProtocolError(f"a step opens {num_slots:,} slots, at most {MAX_SLOTS:,} are kept")
+        needed = sum(
+            self._bytes(end) - self._bytes(self._room.get(slot, 0)) for slot, end in growing
+        )
+        free = free_bytes(self._device) if needed > 0 else 0
+        if needed > free:
+            longest = max(end for _, end in growing)
+            raise CacheFull(
+                f"{longest:,} positions need {needed / 2**30:.1f} GiB more for keys and values, "
+                f"{self._device} has {free / 2**30:.1f} GiB free. Lower --kv-window, or give this "
+                "device fewer heads"
+            )
+        for slot, end in growing:
+            room = FIRST_CAPACITY
+            while room < end:
+                room *= 2
+            self._room[slot] = room
+
+    def _bytes(self, num_positions: int) -> int:
+        """Memory of a slot that had so many positions."""
+        if not num_positions:
+            return 0
+        return cache_bytes(
+            self._config, self._kv_heads_by_layer, self.window, self._dtype_name, num_positions
+        )
 
     def extend(self, slot: int, first_position: int, token_count: int) -> None:
         """Announce new tokens of a slot; a slot begins to exist with position 0.
@@ -164,6 +220,7 @@ class KVCache:
         """Drop a slot and its memory; an unknown slot is already free."""
         self._lengths.pop(slot, None)
         self._written.pop(slot, None)
+        self._room.pop(slot, None)
         self._layers.pop(slot, None)
 
     @property

@@ -105,6 +105,14 @@ def _all_tensors(config: ModelConfig) -> Iterator[_Ours]:
             yield _Ours(row, int(number) if found else 0, None, shape)
 
 
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Our name and the shape of every tensor of a model, in the order of computation.
+
+    Args: config: validated; it decides how many there are.
+    """
+    return ((ours.filled(ours.row), ours.shape) for ours in _all_tensors(config))
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(one_line(name, 70) for name in names[:MAX_LISTED])
     more = len(names) - MAX_LISTED

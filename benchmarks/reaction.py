@@ -20,11 +20,12 @@ from engine.client import Event
 from engine.cluster.messages import Message
 from engine.host import messages as api
 from engine.plan.plan import PlanShape
-from engine.plan.presets import even, from_percentages
+from engine.plan.presets import even, from_percentages, single
 from engine.session import Session, SessionOptions, simulated_devices
 
 VICTIM = "local-2/cpu"
 FAULTS = {"killed": "kill", "frozen": "suspend"}
+LOAD_SECONDS = 60
 PHASES = ("load", "prefill", "decode", "apply")
 PROMISED = {
     "cancel while generating": 0.2,
@@ -115,10 +116,12 @@ def seconds_to_recover(
             getattr(runner(session, VICTIM), fault)()
 
     if phase == "load":
-        path = session.model.path
-        session.client.run(api.OpenModel(request_id=session.client.next_request_id(), path=path))
+        session.apply(single(shape, "local-1/cpu"))  # So that the victim has nothing yet.
         session.client.post(api.ApplyPlan(request_id=session.client.next_request_id(), plan=plan))
+        deadline = time.monotonic() + LOAD_SECONDS
         while not acted:  # Only now is a plan on its way that a question can wait for.
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{VICTIM} did not load within {LOAD_SECONDS} s")
             event = session.client.receive(1.0)
             if event is not None:
                 on_event(event)

@@ -33,6 +33,8 @@ from engine.plan.plan import Plan
 WAIT_SECONDS = 300.0
 # A poll that finds something takes less; what took longer came while nobody computed.
 SHORTEST_WAIT_NS = 50_000
+# A core waits awake for a small hand-over for so long.
+LOOK_NS = 50_000
 # Hand-overs that came before this device got there; more is no plan's.
 MAX_EARLY_BYTES = 1 << 30
 # Memory of a hand-over without its tensors, so that many without any count, too.
@@ -46,6 +48,7 @@ class _UnderWay:
     """A hand-over that this device has begun.
 
     Attributes:
+        num_bytes: about what each peer sends for it.
         x, own: the residual stream and the rounded partial sum, where this device contributed.
         finished: what is known of the result, by who finished it.
     """
@@ -53,6 +56,7 @@ class _UnderWay:
     way: Way
     row: int
     piece: int
+    num_bytes: int
     x: Activations | None = None
     own: Array | None = None
     finished: dict[int, Activations] = field(default_factory=dict[int, Activations])
@@ -165,7 +169,7 @@ class Exchange:
             way = self._ways[key] = way_of(
                 self._table[row], me, num_tokens, self._width, self._wire
             )
-        item = _UnderWay(way, row, piece)
+        item = _UnderWay(way, row, piece, num_tokens * self._width * 4)
         if way.table.contributes:
             assert x is not None
             assert partial is not None
@@ -202,12 +206,15 @@ class Exchange:
             # Not tried first: what is there already makes the wait a short one.
             missing = self._missing(item)
             started = time.perf_counter_ns()
-            self._wait(1.0)
+            is_direct = self.links.comes_directly(missing, item.num_bytes)
+            if not (is_direct and self.links.look_for(LOOK_NS)):
+                self._wait(1.0)
             waited = time.perf_counter_ns() - started
             self.counters.wait_ns += waited
             self.counters.link(missing).wait_ns += waited
             if self._take_one(was_waited_for=waited > SHORTEST_WAIT_NS):
                 continue
+            self.links.check()
             now = time.monotonic()
             deadline = deadline or now + WAIT_SECONDS
             if now > deadline:

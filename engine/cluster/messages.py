@@ -23,7 +23,7 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 MAX_RANK = 8
@@ -33,6 +33,8 @@ TOP_LOGITS = 256
 
 # Nanoseconds of a clock that started whenever, or the difference of two such clocks.
 ClockNs = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
+
+StreamKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 Array = npt.NDArray[Any]
 WireDtype = Literal["float32", "bfloat16", "float16", "float64", "uint8", "int64"]
@@ -562,6 +564,20 @@ class Pong(Message, frozen=True):
     number: Count
 
 
+class DirectOffer(Message, frozen=True):
+    """Asks a peer of a higher index to connect to this one's computer, for small hand-overs.
+
+    Attributes:
+        key_there, key_back: seal what the peer sends, and what it receives.
+    """
+
+    epoch: Count
+    device_index: Index
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    key_there: StreamKey
+    key_back: StreamKey
+
+
 WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown
 WORKER_SENDS = (
     NodeDescription
@@ -596,7 +612,7 @@ RUNNER_SENDS = (
     | StepAnswer
     | Failed
 )
-EXCHANGE_ACCEPTS = HandOver | Ping | Pong
+EXCHANGE_ACCEPTS = HandOver | Ping | Pong | DirectOffer
 
 M = TypeVar("M")
 

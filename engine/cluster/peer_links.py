@@ -1,12 +1,14 @@
 """A runner's sockets to its peers for one epoch: sending, pinging, measuring, and noticing a loss.
 
 In: the peers of a plan and the runner's inbox. Out: hand-overs as they come, figures of each link,
-and `WorkerLost` that names the peer whose connection broke. What a hand-over means is not known
-here. It belongs to one thread.
+and `WorkerLost` that names the peer whose connection broke. Small hand-overs go by a stream of
+their own where there is one (`direct_links`), so two of one peer may overtake each other. What a
+hand-over means is not known here. It belongs to one thread.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,8 +18,11 @@ import numpy as np
 import zmq
 import zmq.utils.monitor
 
+from engine.cluster import direct_form
 from engine.cluster import messages as m
+from engine.cluster.direct_links import DirectLinks
 from engine.cluster.link_estimate import LinkEstimate
+from engine.cluster.sealed_stream import StreamEndedError
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, Received, connect
 from engine.errors import ProtocolError, WorkerLost
@@ -28,8 +33,12 @@ NUM_PINGS = 10
 TRANSFER_SECONDS = 0.02
 LARGEST_TRANSFER = 8 << 20
 _FIRST_TRANSFER = 64 << 10
+# Tensors of a hand-over that goes by a direct stream; larger ones are sealed and sent by libzmq's
+# threads while this one computes.
+DIRECT_BYTES = 64 << 10
 # Messages in a row that are not hand-overs of this epoch.
 MAX_PASSED_OVER = 200
+_ENDED = "its connection broke"
 _LOSSES = {
     zmq.EVENT_DISCONNECTED: "its connection broke, or it is frozen",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it does not finish the handshake",
@@ -52,15 +61,24 @@ class PeerLinks:
         device_index: int,
         devices: Sequence[str],
         peers: Sequence[m.Peer],
+        poller: zmq.Poller,
+        listen_endpoint: str = "",
     ) -> None:
         """Begin to connect.
 
         Args:
             inbox: takes EXCHANGE_ACCEPTS; it stays the caller's.
             devices: names of the plan's columns.
+            poller: gets what wakes whoever waits for a peer, or for the loss of one, besides the
+                inbox.
+            listen_endpoint: where this device may listen for direct streams, as `transport.listen`
+                takes it; "" offers none.
         Raises: ProtocolError: a peer's endpoint or key is none.
         """
         self._inbox = inbox
+        self._poller = poller
+        self.direct = DirectLinks(device_index, listen_endpoint, poller)
+        self._endpoints = {peer.device_index: peer.exchange_endpoint for peer in peers}
         self._epoch = epoch
         self._index = device_index
         self._devices = devices
@@ -75,16 +93,14 @@ class PeerLinks:
         for peer in peers:
             socket = connect(context, zmq.PUSH, keys, peer.public_key, peer.exchange_endpoint)
             self._outboxes[peer.device_index] = Channel(socket, m.HandOver)
-            self._monitors[peer.device_index] = socket.get_monitor_socket(sum(_LOSSES))
+            monitor = socket.get_monitor_socket(sum(_LOSSES))
+            poller.register(monitor, zmq.POLLIN)
+            self._monitors[peer.device_index] = monitor
             self._estimates[peer.device_index] = LinkEstimate()
 
-    @property
-    def monitors(self) -> list[zmq.Socket[Any]]:
-        """Sockets that wake whoever polls them when a connection breaks; `note_losses` reads."""
-        return list(self._monitors.values())
-
     def note_losses(self) -> None:
-        """Remember the connections that broke."""
+        """Something of the poller's woke: go on sending, remember the connections that broke."""
+        self.direct.flush()
         for index, monitor in self._monitors.items():
             while monitor.poll(0):
                 event = zmq.utils.monitor.recv_monitor_message(monitor)
@@ -115,13 +131,88 @@ class PeerLinks:
     def send(self, index: int, message: m.Message, tensors: Sequence[m.Array] = ()) -> int:
         """Queue a message to a peer.
 
-        Returns: bytes of all frames.
+        Returns: bytes of the tensors, and of the header where the message goes by libzmq.
         Raises: WorkerLost: names the peer, which has read nothing for a thousand messages.
         """
         try:
+            if index in self.direct.streams and isinstance(message, m.HandOver):
+                size = self._send_directly(index, message, tensors)
+                if size:
+                    return size
             return self._outboxes[index].send(message, tensors)
         except WorkerLost as error:
             raise self.lost(index, str(error)) from error
+
+    def _send_directly(self, index: int, message: m.HandOver, tensors: Sequence[m.Array]) -> int:
+        """Bytes of the tensors, or 0 where the message has to go the other way."""
+        num_bytes = sum([tensor.nbytes for tensor in tensors])
+        if num_bytes > DIRECT_BYTES:
+            return 0
+        try:
+            is_taken = self.direct.send(index, direct_form.encode(message, tensors))
+        except StreamEndedError:
+            self._end_stream(index)
+            return 0  # libzmq says what became of the peer.
+        return num_bytes if is_taken else 0
+
+    def _end_stream(self, index: int) -> None:
+        self.direct.drop(index)
+        self._losses.setdefault(index, _ENDED)
+
+    def comes_directly(self, index: int, num_bytes: int) -> bool:
+        """Whether a hand-over of so many bytes from a peer is likely to come by a stream."""
+        return num_bytes <= DIRECT_BYTES and index in self.direct.streams
+
+    def look_for(self, nanoseconds: int) -> bool:
+        """Look at the streams for some time without sleeping; whether one has something.
+
+        Waking a thread takes longer than a small message between neighbours.
+        """
+        deadline = time.perf_counter_ns() + nanoseconds
+        streams = self.direct.streams
+        while True:
+            for index, stream in streams.items():
+                try:
+                    if stream.has_record():
+                        return True
+                except StreamEndedError:
+                    self._end_stream(index)
+                    return True  # `receive` finds nothing, and a wait what became of the peer.
+            if time.perf_counter_ns() > deadline:
+                return False
+            # A peer on the same core, or libzmq's threads, may have to run first.
+            os.sched_yield()
+
+    def _receive_directly(self) -> Received[m.HandOver] | None:
+        for index, stream in self.direct.streams.items():
+            try:
+                record = stream.receive()
+                if record is None:
+                    continue
+                message, tensors = direct_form.decode(record)
+            except StreamEndedError:
+                self._end_stream(index)
+                return None
+            except ProtocolError as error:
+                self._end_stream(index)
+                raise ProtocolError(f"{self._devices[index]}: {error}") from error
+            if (message.epoch, message.device_index) != (self._epoch, index):
+                raise ProtocolError(
+                    f"{self._devices[index]} handed over as device {message.device_index} of "
+                    f"epoch {message.epoch}; it is device {index} of epoch {self._epoch}"
+                )
+            return Received(message, tensors, b"")
+        return None
+
+    def _note_message(self, received: Received[m.HandOver]) -> None:
+        """A hand-over came while this thread waited for it: that says something about the link."""
+        message = received.message
+        self._estimates[message.device_index].take_message(
+            sum([tensor.nbytes for tensor in received.tensors]),
+            message.sent_ns,
+            time.monotonic_ns(),
+            message.heard_ns,
+        )
 
     def receive(self, *, was_waited_for: bool) -> Received[m.HandOver] | None:
         """The next hand-over of this epoch, if one is there; pings on the way are answered.
@@ -134,6 +225,11 @@ class PeerLinks:
                 now and says something about the link.
         Raises: ProtocolError, PeerRefused: a peer sent something else.
         """
+        received = self._receive_directly() if self.direct.streams else None
+        if received is not None:
+            if was_waited_for:
+                self._note_message(received)
+            return received
         for _ in range(MAX_PASSED_OVER):
             received = self._inbox.receive(0)
             if received is None:
@@ -148,15 +244,12 @@ class PeerLinks:
                 )
             if isinstance(message, m.HandOver):
                 if was_waited_for:
-                    self._estimates[index].take_message(
-                        sum(tensor.nbytes for tensor in received.tensors),
-                        message.sent_ns,
-                        time.monotonic_ns(),
-                        message.heard_ns,
-                    )
+                    self._note_message(received)
                 return received
             if isinstance(message, m.Ping):
                 self._answer(message)
+            elif isinstance(message, m.DirectOffer):
+                self.direct.dial(message, self._endpoints[index])
             else:
                 arrived = sum(tensor.nbytes for tensor in received.tensors)
                 self._pongs.append((message, arrived, time.perf_counter_ns()))
@@ -169,6 +262,8 @@ class PeerLinks:
             wait: returns when the inbox may hold something; takes seconds at most.
         Raises: WorkerLost: names the first peer that did not answer in ANSWER_SECONDS.
         """
+        for index, offer in self.direct.offers(self._epoch, self._outboxes).items():
+            self.send(index, offer)
         # Everyone begins with the device after itself, so that not all ask the same one at once.
         after = sorted(self._outboxes, key=lambda index: (index < self._index, index))
         for index in after:
@@ -184,6 +279,8 @@ class PeerLinks:
                     num_telling += 1
                 else:
                     num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)
+        # Whoever has answered a ping has heard the offer before it.
+        self.direct.accept()
         return self._figures(self._estimates)
 
     def fresh_figures(self) -> tuple[m.LinkFigures, ...]:
@@ -195,8 +292,10 @@ class PeerLinks:
 
     def close(self) -> None:
         """Close the sockets to the peers."""
+        self.direct.close()
         for index, outbox in self._outboxes.items():
             outbox.socket.disable_monitor()
+            self._poller.unregister(self._monitors[index])
             self._monitors[index].close(linger=0)
             outbox.close()
 

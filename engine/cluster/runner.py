@@ -69,7 +69,8 @@ class Runner:
         Args:
             device: name, such as "this/cpu" or "laptop/cuda0".
             host_key: public key of the engine host.
-            exchange_endpoint: where peers of the plan connect.
+            exchange_endpoint: where peers of the plan connect; a free port of it for each of the
+                sockets that they connect to.
             should_end: set by whoever wants the loop to end.
             rendezvous_endpoint: where plans with transport "torch" meet; None refuses them.
             cache_folder: where weights that came over the wire are kept, at most
@@ -92,6 +93,7 @@ class Runner:
         inbox, self.exchange_endpoint = listen(
             self._context, zmq.PULL, self.keys, "exchange", exchange_endpoint
         )
+        self._exchange_pattern = exchange_endpoint
         self.rendezvous = Rendezvous(rendezvous_endpoint) if rendezvous_endpoint else None
         self._control: Channel[Any] = Channel(control, m.RUNNER_ACCEPTS)
         self._inbox: Channel[Any] = Channel(inbox, m.EXCHANGE_ACCEPTS)
@@ -166,7 +168,7 @@ class Runner:
             timeout_ms = 0
             if ready.keys() - {self._control.socket, self._inbox.socket}:
                 self._stepping.exchange.links.note_losses()
-            if self._inbox.socket in ready:
+            if ready.keys() - {self._control.socket}:
                 # Peers may still measure their links, or be a step ahead.
                 self._stepping.exchange.take_early()
         received = self._control.receive(timeout_ms)
@@ -398,9 +400,9 @@ class Runner:
             load.device_index,
             devices,
             load.peers,
+            self._poller,
+            "" if load.plan.transport == "torch" else self._exchange_pattern,
         )
-        for monitor in links.monitors:
-            self._poller.register(monitor, zmq.POLLIN)
         device = self._torch_device
 
         def add(row: int, x: m.Array, total: m.Array) -> m.Array:
@@ -440,8 +442,6 @@ class Runner:
     def _disconnect(self) -> None:
         """End the exchange of the epoch before."""
         if self._stepping is not None:
-            for monitor in self._stepping.exchange.links.monitors:
-                self._poller.unregister(monitor)
             self._stepping.exchange.close()
             self._stepping = None
 

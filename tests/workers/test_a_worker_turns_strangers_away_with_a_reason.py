@@ -125,7 +125,12 @@ def test_an_older_protocol_is_refused_and_told_so(worker: RunningWorker) -> None
 
 def test_a_paired_host_that_talks_nonsense_hears_what_is_wrong(worker: RunningWorker) -> None:
     with worker.host(PAIRED) as host:
-        for nonsense in (b"", b"\x80\x04", b"\xc1" * 100, b"\x93\x03\x91\xa5Hello\x90"):
+        for nonsense in (
+            b"",
+            b"\x80\x04",
+            b"\xc1" * 100,
+            bytes([0x93, m.PROTOCOL_VERSION]) + b"\x91\xa5Hello\x90",
+        ):
             host.channel.socket.send(nonsense)
             assert host.hear(m.Failed).error == "ProtocolError"
         host.hello()

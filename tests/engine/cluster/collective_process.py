@@ -157,10 +157,13 @@ def _take_part(index: int, pipe: Connection) -> None:
             plan = job.plan
             others = [peer for peer, _ in addresses if peer.device_index in plan.used_devices()]
             others = [peer for peer in others if peer.device_index != index]
-            links = PeerLinks(context, keys, inbox, job.epoch, index, plan.devices, others)
+            poller = zmq.Poller()
+            poller.register(socket, zmq.POLLIN)
+            links = PeerLinks(context, keys, inbox, job.epoch, index, plan.devices, others, poller)
 
-            def wait(seconds: float, links: PeerLinks = links) -> None:
-                socket.poll(int(seconds * 1000))
+            def wait(seconds: float, links: PeerLinks = links, poller: zmq.Poller = poller) -> None:
+                poller.poll(int(seconds * 1000))
+                links.note_losses()
                 links.check()
 
             exchange: Collective

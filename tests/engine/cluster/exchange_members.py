@@ -65,8 +65,8 @@ class Member:
         self.peer = m.Peer(
             device_index=index, exchange_endpoint=endpoint, public_key=self._keys.public
         )
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
+        self.poller = zmq.Poller()
+        self.poller.register(socket, zmq.POLLIN)
         self.links: PeerLinks | None = None
 
     def allow(self, peers: Sequence[m.Peer]) -> None:
@@ -77,17 +77,23 @@ class Member:
         """Begin to connect to the others."""
         others = [peer for peer in peers if peer.device_index != self.index]
         self.links = PeerLinks(
-            self.context, self._keys, self.inbox, EPOCH, self.index, self.plan.devices, others
+            self.context,
+            self._keys,
+            self.inbox,
+            EPOCH,
+            self.index,
+            self.plan.devices,
+            others,
+            self.poller,
+            "tcp://127.0.0.1:*",
         )
-        for monitor in self.links.monitors:
-            self._poller.register(monitor, zmq.POLLIN)
         self.exchange = Exchange(
             EPOCH, self.plan, self.index, self._width, self.links, self.wait, self._add
         )
 
     def wait(self, seconds: float) -> None:
         """As a runner waits."""
-        ready = dict(self._poller.poll(int(seconds * 1000)))
+        ready = dict(self.poller.poll(int(seconds * 1000)))
         if self.links is not None and ready.keys() - {self.inbox.socket}:
             self.links.note_losses()
             self.links.check()

@@ -93,7 +93,7 @@ NO_MESSAGES: dict[str, tuple[list[bytes], str, str]] = {
     "a thousand parts": ([header(ABORT), *[b""] * 1000], "ProtocolError", "brings 1000"),
     "deep nesting": ([b"\x91" * 100_000], "ProtocolError", "first bytes 91 91"),
     "an object with a field twice": (
-        [b"\x93\x03\x82\xa5epoch\x01\xa5epoch\x02\x90"],
+        [b"\x93" + bytes([m.PROTOCOL_VERSION]) + b"\x82\xa5epoch\x01\xa5epoch\x02\x90"],
         "ProtocolError",
         "array",
     ),

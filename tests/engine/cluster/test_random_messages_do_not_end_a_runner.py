@@ -84,7 +84,7 @@ def test_random_bytes_and_depths_are_one_of_two_errors(
     name: str, frames: list[bytes], depth: int
 ) -> None:
     codec: m.Codec[Any] = m.Codec(UNIONS[name])
-    for parts in (frames, [b"\x93\x03" + b"\x91" * depth, *frames]):
+    for parts in (frames, [b"\x93" + bytes([m.PROTOCOL_VERSION]) + b"\x91" * depth, *frames]):
         with pytest.raises((ProtocolError, PeerRefused)):
             codec.decode(parts)
 

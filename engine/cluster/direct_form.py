@@ -1,0 +1,110 @@
+"""A hand-over as one record of fixed fields, for streams between computing threads.
+
+In: a `HandOver` and its tensors. Out: bytes, and back. The general form of messages would do, but
+naming every tensor takes longer than sealing it. Whether a plan asks for the hand-over is not known
+here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.cluster import messages as m
+from engine.errors import ProtocolError
+
+# Version, epoch, step, row, piece, device, bits, tensors, two times.
+_FIELDS = struct.Struct("<HQQIIIBBqq")
+# Dtype, rows, columns. Both forms are of whole float32, so that tensors lie where numpy is quick.
+_TENSOR = struct.Struct("<III")
+_IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL, _HAS_HEARD = 1, 2, 4, 8
+_MAX_TENSORS = 2
+_DTYPES: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16)]
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_LARGEST_COUNT = 1 << 53
+_LARGEST_INDEX = (1 << 31) - 1
+_LARGEST_NS = 1 << 62
+
+
+def encode(message: m.HandOver, tensors: Sequence[m.Array]) -> list[bytes | m.Array]:
+    """What a record is put together from.
+
+    Args: tensors: at most two, float32, float16 or bfloat16 [N, width], C-contiguous.
+    """
+    bits = _IS_PART if message.phase == "part" else 0
+    if message.has_partial:
+        bits |= _HAS_PARTIAL
+    if message.has_residual:
+        bits |= _HAS_RESIDUAL
+    heard_ns = message.heard_ns
+    if heard_ns is not None:
+        bits |= _HAS_HEARD
+    fields = _FIELDS.pack(
+        m.PROTOCOL_VERSION,
+        message.epoch,
+        message.step_id,
+        message.row,
+        message.piece,
+        message.device_index,
+        bits,
+        len(tensors),
+        message.sent_ns,
+        heard_ns or 0,
+    )
+    specs = [_TENSOR.pack(_CODES[tensor.dtype], *tensor.shape) for tensor in tensors]
+    return [fields, *specs, *tensors]
+
+
+def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
+    """The hand-over and its tensors as read-only views of the record.
+
+    Raises: ProtocolError: the record is none.
+    """
+    if len(record) < _FIELDS.size:
+        raise ProtocolError(f"a hand-over of {len(record)} bytes has no header")
+    version, epoch, step_id, row, piece, device_index, bits, count, sent_ns, heard_ns = (
+        _FIELDS.unpack_from(record)
+    )
+    if version != m.PROTOCOL_VERSION:
+        raise ProtocolError(f"a hand-over of protocol version {version}, not {m.PROTOCOL_VERSION}")
+    place = _FIELDS.size + count * _TENSOR.size
+    if count > _MAX_TENSORS or len(record) < place:
+        raise ProtocolError(f"a hand-over of {len(record)} bytes announces {count} tensors")
+    if (
+        max(epoch, step_id) > _LARGEST_COUNT
+        or max(row, piece, device_index) > _LARGEST_INDEX
+        or max(abs(sent_ns), abs(heard_ns)) > _LARGEST_NS
+    ):
+        raise ProtocolError("a hand-over has a number that is too large for what it counts")
+    tensors: list[m.Array] = []
+    for n in range(count):
+        code, rows, columns = _TENSOR.unpack_from(record, _FIELDS.size + n * _TENSOR.size)
+        if code >= len(_DTYPES):
+            raise ProtocolError(f"a hand-over names dtype {code}, there are {len(_DTYPES)}")
+        dtype, values = _DTYPES[code], rows * columns
+        end = place + values * dtype.itemsize
+        if end > len(record):
+            raise ProtocolError(
+                f"a hand-over announces a tensor [{rows}, {columns}] and has "
+                f"{len(record) - place:,} bytes for it"
+            )
+        tensors.append(np.frombuffer(record, dtype, values, place).reshape(rows, columns))
+        place = end
+    if place != len(record):
+        raise ProtocolError(f"a hand-over has {len(record) - place:,} bytes too many")
+    message = m.HandOver(
+        epoch=epoch,
+        step_id=step_id,
+        row=row,
+        piece=piece,
+        device_index=device_index,
+        phase="part" if bits & _IS_PART else "finished",
+        has_partial=bool(bits & _HAS_PARTIAL),
+        has_residual=bool(bits & _HAS_RESIDUAL),
+        sent_ns=sent_ns,
+        heard_ns=heard_ns if bits & _HAS_HEARD else None,
+    )
+    return message, tensors

@@ -1,0 +1,180 @@
+"""Encrypted records on a connected stream socket that the computing thread reads itself.
+
+In: bytes, and keys that both ends have from a connection that proved who they are. Out: the other
+end's records, in order, none twice, none changed. It never waits; who connects to whom, and what
+records mean, is not known here.
+
+On the wire a record is its length as 4 little-endian bytes, then its bytes sealed with
+ChaCha20-Poly1305 (RFC 8439). Each direction has a key of its own and counts its records, so the
+nonce needs no place in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from engine.errors import ProtocolError
+
+KEY_BYTES = 32
+# What one record may hold: far less than fits between two records of a plan's rows, so that the
+# other end's socket takes it whole and nobody waits for both to read.
+MAX_RECORD_BYTES = 80 << 10
+_SOCKET_BYTES = 4 * MAX_RECORD_BYTES
+_TAG_BYTES = 16
+_LENGTH = struct.Struct("<I")
+_NONCE = struct.Struct("<4xQ")
+
+
+class StreamEndedError(Exception):
+    """The other end closed the connection, or it broke."""
+
+
+class SealedStream:
+    """One end of a connection; it belongs to one thread."""
+
+    def __init__(
+        self, connected: socket.socket, send_key: bytes | None, receive_key: bytes | None
+    ) -> None:
+        """Take over a socket.
+
+        Args: send_key, receive_key: KEY_BYTES each; None leaves records as they are.
+        """
+        connected.setblocking(False)
+        with contextlib.suppress(OSError):  # Only TCP has it.
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
+        self._socket = connected
+        self._sealer = None if send_key is None else ChaCha20Poly1305(send_key)
+        self._opener = None if receive_key is None else ChaCha20Poly1305(receive_key)
+        self._num_sent = self._num_received = 0
+        self._unsent = b""
+        self._buffer = bytearray(2 * (MAX_RECORD_BYTES + _TAG_BYTES + _LENGTH.size))
+        self._view = memoryview(self._buffer)
+        # Of what has come and nobody took, and of its first record once that is whole, else 0.
+        self._start = self._end = self._record_end = 0
+
+    def fileno(self) -> int:
+        """For a poller."""
+        return self._socket.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a part of a record waits for the other end to read; `flush` goes on."""
+        return bool(self._unsent)
+
+    def send(self, parts: Sequence[Any]) -> bool:
+        """Send a record, unless an earlier one is still on its way out.
+
+        Args: parts: contiguous buffers that make up the record, MAX_RECORD_BYTES together.
+        Returns: whether it was taken; False leaves nothing behind.
+        Raises: StreamEndedError.
+        """
+        if self._unsent and not self.flush():
+            return False
+        record = b"".join(parts)
+        if len(record) > MAX_RECORD_BYTES:
+            return False
+        if self._sealer is not None:
+            record = self._sealer.encrypt(_NONCE.pack(self._num_sent), record, None)
+            self._num_sent += 1
+        self._unsent = _LENGTH.pack(len(record)) + record
+        self.flush()
+        return True
+
+    def flush(self) -> bool:
+        """Send what is left of the last record; whether nothing is left.
+
+        Raises: StreamEndedError.
+        """
+        try:
+            count = self._socket.send(self._unsent)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StreamEndedError from error
+        self._unsent = self._unsent[count:]
+        return not self._unsent
+
+    def has_record(self) -> bool:
+        """Whether a whole record is here; reads what has come.
+
+        Raises:
+            StreamEndedError.
+            ProtocolError: a length that no record has.
+        """
+        return self._record_end > 0 or (self._read() and self._find_record())
+
+    def receive(self) -> bytes | None:
+        """The next record, if it is here.
+
+        Raises:
+            StreamEndedError.
+            ProtocolError: what came is no record of the other end's.
+        """
+        if not self._record_end and not self.has_record():
+            return None
+        sealed = self._view[self._start + _LENGTH.size : self._record_end]
+        if self._opener is None:
+            record = bytes(sealed)
+        else:
+            try:
+                record = self._opener.decrypt(_NONCE.pack(self._num_received), sealed, None)
+            except InvalidTag:
+                raise ProtocolError(
+                    "a record was not sealed with the key agreed on: it was changed on its way, "
+                    "or comes from somebody else"
+                ) from None
+            self._num_received += 1
+        self._start = self._record_end
+        if self._start == self._end:
+            self._start = self._end = self._record_end = 0
+        else:
+            self._find_record()
+        return record
+
+    def close(self) -> None:
+        """Close the connection; what was not sent is dropped."""
+        self._view.release()
+        self._socket.close()
+
+    def _find_record(self) -> bool:
+        """Note where the record at the start of the buffer ends; whether it is whole."""
+        self._record_end = 0
+        held = self._end - self._start
+        if held < _LENGTH.size:
+            return False
+        (length,) = _LENGTH.unpack_from(self._buffer, self._start)
+        if not 0 < length <= MAX_RECORD_BYTES + _TAG_BYTES:
+            raise ProtocolError(
+                f"a record of {length:,} bytes was announced, from 1 to "
+                f"{MAX_RECORD_BYTES + _TAG_BYTES:,} are read"
+            )
+        if held < _LENGTH.size + length:
+            return False
+        self._record_end = self._start + _LENGTH.size + length
+        return True
+
+    def _read(self) -> bool:
+        """Whether something has come."""
+        if self._start:  # So that the longest record always has room.
+            held = bytes(self._view[self._start : self._end])
+            self._view[: len(held)] = held
+            self._start, self._end = 0, len(held)
+        try:
+            count = self._socket.recv_into(self._view[self._end :])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StreamEndedError from error
+        if not count:
+            raise StreamEndedError
+        self._end += count
+        return True

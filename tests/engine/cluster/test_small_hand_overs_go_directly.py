@@ -1,0 +1,137 @@
+"""Small hand-overs take a stream between the computing threads, and only its peer may use it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import zmq
+
+from engine.cluster import direct_form
+from engine.cluster import messages as m
+from engine.cluster.direct_links import DirectLinks
+from engine.cluster.peer_links import DIRECT_BYTES
+from engine.errors import ProtocolError
+from tests.engine.cluster.exchange_members import EPOCH, WIDTH, Member, Members, plan_of_groups
+from tests.engine.cluster.test_exchange_measures_its_links import measure_together
+
+pytestmark = pytest.mark.network
+
+PLAN = plan_of_groups([[0, 1, 2]] * 3, 3)
+SMALL, LARGE = 1, 2 * DIRECT_BYTES // (4 * WIDTH)
+
+
+@pytest.fixture
+def members() -> Iterator[Members]:
+    with Members(PLAN) as members:
+        measure_together(members)
+        yield members
+
+
+def streams_of(member: Member) -> dict[int, object]:
+    """Streams by peer."""
+    assert member.links is not None
+    return dict(member.links.direct.streams)
+
+
+def hand_over(member: Member, num_tokens: int, step_id: int) -> m.Array:
+    """One hand-over of values that only this member has."""
+    values = np.random.default_rng(member.index).standard_normal((num_tokens, WIDTH))
+    partial = values.astype(np.float32)
+    member.exchange.begin_step(step_id, "generated")
+    result = member.exchange.hand_over(0, np.ones_like(partial), partial, num_tokens)
+    assert result is not None
+    return result
+
+
+def test_every_pair_has_a_stream(members: Members) -> None:
+    for member in members.members:
+        assert set(streams_of(member)) == {0, 1, 2} - {member.index}
+
+
+@pytest.mark.parametrize("num_tokens", [SMALL, LARGE])
+def test_the_bits_are_those_of_the_other_way(members: Members, num_tokens: int) -> None:
+    direct = members.all_do(lambda member: hand_over(member, num_tokens, 1))
+    for member in members.members:
+        assert member.links is not None
+        for index in list(streams_of(member)):
+            member.links.direct.drop(index)
+    other = members.all_do(lambda member: hand_over(member, num_tokens, 2))
+    for one in (*direct, *other):
+        assert np.array_equal(one, direct[0])
+
+
+def test_a_stream_carries_only_its_own_peers_hand_overs_of_this_epoch(members: Members) -> None:
+    first, second, _ = members.members
+    assert first.links is not None
+    assert second.links is not None
+    for index, epoch in ((2, EPOCH), (1, EPOCH + 1)):
+        forged = m.HandOver(
+            epoch=epoch,
+            step_id=1,
+            row=0,
+            piece=0,
+            device_index=index,
+            phase="part",
+            has_partial=True,
+            has_residual=False,
+            sent_ns=0,
+        )
+        assert second.links.direct.send(0, direct_form.encode(forged, []))
+        assert first.links.look_for(5_000_000_000)
+        with pytest.raises(ProtocolError, match="node-1/cpu handed over as device"):
+            first.links.receive(was_waited_for=False)
+
+
+def test_no_peer_offers_twice_or_out_of_turn(members: Members) -> None:
+    first, second, _ = members.members
+    assert first.links is not None
+    assert second.links is not None
+    keys = {"key_there": bytes(32), "key_back": bytes(32)}
+    for sender, receiver in ((first, second), (second, first)):
+        assert sender.links is not None
+        assert receiver.links is not None
+        offer = m.DirectOffer(epoch=EPOCH, device_index=sender.index, port=9, **keys)
+        sender.links.send(receiver.index, offer)
+        receiver.wait(5.0)
+        with pytest.raises(ProtocolError, match="offers a stream"):
+            receiver.links.receive(was_waited_for=False)
+
+
+def test_strangers_get_no_stream_and_keep_nobody_out() -> None:
+    poller, endpoint = zmq.Poller(), "tcp://127.0.0.1:*"
+    near = DirectLinks(0, endpoint, poller)
+    far = DirectLinks(1, endpoint, poller)
+    offer = near.offers(EPOCH, [1])[1]
+    strangers = [socket.create_connection(("127.0.0.1", offer.port)) for _ in range(3)]
+    strangers[0].sendall((1).to_bytes(4, "little") + b"\x18\0\0\0" + bytes(24))  # Without the key.
+    strangers[1].sendall((7).to_bytes(4, "little"))
+    strangers[2].close()
+    far.dial(offer, f"tcp://127.0.0.1:{offer.port}")
+    near.accept()
+    try:
+        assert set(near.streams) == {1}
+        assert far.send(0, [b"hello"])
+        while not near.streams[1].has_record():
+            assert poller.poll(5000)
+        assert near.streams[1].receive() == b"hello"
+    finally:
+        for one in (near, far, *strangers):
+            one.close()
+
+
+def test_a_port_that_nobody_reaches_is_done_without() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        links = DirectLinks(0, f"tcp://127.0.0.1:{port}", zmq.Poller())
+        assert links.offers(EPOCH, [1]) == {}
+    far = DirectLinks(1, "tcp://127.0.0.1:*", zmq.Poller())
+    keys = {"key_there": bytes(32), "key_back": bytes(32)}
+    far.dial(m.DirectOffer(epoch=EPOCH, device_index=0, port=port, **keys), "tcp://127.0.0.1:1")
+    assert far.streams == {}
+    near = DirectLinks(0, "tcp://127.0.0.1:*", zmq.Poller())
+    assert set(near.offers(EPOCH, [1])) == {1}
+    near.accept()  # After a while.
+    assert near.streams == {}

@@ -22,8 +22,11 @@ _FIELDS = struct.Struct("<HQQIIIBBqq")
 _TENSOR = struct.Struct("<III")
 _IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL, _HAS_HEARD = 1, 2, 4, 8
 _MAX_TENSORS = 2
-_DTYPES: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16)]
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_DTYPES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(m.NUMPY_TYPES[name])
+    for code, name in enumerate(("float32", "float16", "bfloat16"))
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LARGEST_COUNT = 1 << 53
 _LARGEST_INDEX = (1 << 31) - 1
 _LARGEST_NS = 1 << 62
@@ -82,7 +85,7 @@ def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
     tensors: list[m.Array] = []
     for n in range(count):
         code, rows, columns = _TENSOR.unpack_from(record, _FIELDS.size + n * _TENSOR.size)
-        if code >= len(_DTYPES):
+        if code not in _DTYPES:
             raise ProtocolError(f"a hand-over names dtype {code}, there are {len(_DTYPES)}")
         dtype, values = _DTYPES[code], rows * columns
         end = place + values * dtype.itemsize

@@ -95,7 +95,8 @@ def report(finished: api.Finished, memory: Mapping[str, api.DeviceMemory]) -> di
     """The JSON object of DESIGN § 11; with `logprobs` where they were asked for.
 
     Args:
-        memory: what was said of each device's memory when the plan was applied.
+        memory: what was said of each device's memory when the plan was applied; a device that was
+            lost during the answer has none.
     """
     result: dict[str, Any] = {
         "text": finished.text,
@@ -117,9 +118,9 @@ def report(finished: api.Finished, memory: Mapping[str, api.DeviceMemory]) -> di
                 "wait_s": d.wait_s,
                 "network_s": d.network_s,
                 "network_bytes": d.network_bytes,
-                "weight_bytes": memory[d.device].weight_bytes,
+                "weight_bytes": _figure(memory, d.device, "weight_bytes"),
                 "cache_bytes": d.cache_bytes,
-                "cache_limit_bytes": memory[d.device].cache_bytes,
+                "cache_limit_bytes": _figure(memory, d.device, "cache_bytes"),
             }
             for d in finished.devices
         ],
@@ -147,3 +148,7 @@ def printer(display: ProgressDisplay) -> Callable[[Message], None]:
             display.show(message)
 
     return show
+
+
+def _figure(memory: Mapping[str, api.DeviceMemory], device: str, name: str) -> int | None:
+    return getattr(memory[device], name) if device in memory else None

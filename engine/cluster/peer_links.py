@@ -24,7 +24,7 @@ from engine.cluster.direct_links import DirectLinks
 from engine.cluster.link_estimate import LinkEstimate
 from engine.cluster.sealed_stream import StreamEndedError
 from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, Received, connect
+from engine.cluster.transport import Channel, Received, connect_watched
 from engine.errors import ProtocolError, WorkerLost
 
 ANSWER_SECONDS = 5.0
@@ -91,9 +91,15 @@ class PeerLinks:
         # Sent without a copy, so that a thousand unread answers take no memory.
         self._ballast = np.zeros(LARGEST_TRANSFER, np.uint8)
         for peer in peers:
-            socket = connect(context, zmq.PUSH, keys, peer.public_key, peer.exchange_endpoint)
+            socket, monitor = connect_watched(
+                context,
+                zmq.PUSH,
+                keys,
+                peer.public_key,
+                peer.exchange_endpoint,
+                sum(_LOSSES),
+            )
             self._outboxes[peer.device_index] = Channel(socket, m.HandOver)
-            monitor = socket.get_monitor_socket(sum(_LOSSES))
             poller.register(monitor, zmq.POLLIN)
             self._monitors[peer.device_index] = monitor
             self._estimates[peer.device_index] = LinkEstimate()

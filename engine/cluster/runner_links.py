@@ -19,7 +19,7 @@ import zmq.utils.monitor
 
 from engine.cluster import messages as m
 from engine.cluster.security import KeyPair
-from engine.cluster.transport import Channel, Received, connect
+from engine.cluster.transport import Channel, Received, connect_watched
 from engine.errors import PeerRefused, ProtocolError, WorkerLost
 
 # A runner that listens is connected to at once; one behind a cut cable never.
@@ -52,18 +52,16 @@ class _Link:
 
     def __init__(self, context: zmq.Context[Any], address: RunnerAddress) -> None:
         self.address = address
-        socket = connect(
+        socket, self.monitor = connect_watched(
             context,
             zmq.DEALER,
             address.host_keys,
             address.public_key,
             address.control_endpoint,
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
             max_queued=MAX_QUEUED,
         )
         self.channel: Channel[Any] = Channel(socket, m.RUNNER_SENDS)
-        self.monitor = socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
         self._connect_by: float | None = time.monotonic() + CONNECT_SECONDS
 
     def is_disconnected(self) -> bool:

@@ -186,6 +186,35 @@ def connect(
     return socket
 
 
+def connect_watched(
+    context: zmq.Context[Any],
+    kind: int,
+    keys: KeyPair,
+    server_key: bytes,
+    endpoint: str,
+    events: int,
+    *,
+    max_queued: int = MAX_WAITING,
+) -> tuple[zmq.Socket[Any], zmq.Socket[Any]]:
+    """As `connect`, with a monitor that misses nothing: a neighbour connects at once.
+
+    Args: events: of libzmq's monitor.
+    Returns: the socket and its monitor.
+    Raises: ProtocolError: the endpoint or the key is not one.
+    """
+    socket = context.socket(kind)
+    _prepare(socket, True, MAX_MESSAGE_BYTES, max_queued=max_queued)
+    monitor = socket.get_monitor_socket(events)
+    try:
+        _dial(socket, keys, server_key, endpoint)
+    except ProtocolError:
+        socket.disable_monitor()
+        monitor.close(linger=0)
+        socket.close(linger=0)
+        raise
+    return socket, monitor
+
+
 def connect_once(
     context: zmq.Context[Any],
     keys: KeyPair,

@@ -13,6 +13,7 @@ import msgspec
 import psutil
 import pytest
 
+from engine.cli_output import report
 from engine.client import Event
 from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
@@ -109,6 +110,11 @@ def test_an_answer_goes_on_without_the_device(opened: Session, fault: str) -> No
     (applied,) = watch.notes
     assert "went to local-1/cpu, local-3/cpu" in applied.note
     assert not any(cells[1] for cells in applied.plan.cells)
+    memory = {need.device: need for need in applied.memory}
+    told = {device["name"]: device for device in report(finished, memory)["devices"]}
+    assert told["local-1/cpu"]["weight_bytes"] > 0
+    if "local-2/cpu" in told:
+        assert told["local-2/cpu"]["weight_bytes"] is None
     assert opened.generate(SHAPES, raw=True, max_tokens=60, ignore_eos=True).text == finished.text
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import PlanError
-from engine.model.batch import INT8_GROUP, ComputeDtype
+from engine.model.batch import GROUP_COLUMNS, ComputeDtype
 from engine.model.config import CacheDtype, ModelConfig
 from engine.model.share_keys import WeightKey, kv_heads_of, post_norm_key, row_keys
 from engine.model.view import cache_bytes
@@ -72,7 +72,7 @@ def _weight_bytes(key: WeightKey, tensors: Mapping[str, TensorInfo], dtype: Comp
         return 2 * rows * columns
     block = key.column_block or columns
     # int8 with a float16 scale per group; each block of columns is padded to whole groups.
-    return rows * (columns // block) * -(-block // INT8_GROUP) * (INT8_GROUP + 2)
+    return rows * (columns // block) * -(-block // GROUP_COLUMNS) * (GROUP_COLUMNS + 2)
 
 
 def plan_memory(

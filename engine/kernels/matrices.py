@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from engine.model.batch import GROUP_COLUMNS as GROUP
-from engine.model.batch import ComputeDtype, StepKind
+from engine.model.batch import StepKind
 
 # Values of a quantised matrix that are dequantised at a time: a scratch buffer that stays in cache.
 SCRATCH_ELEMENTS = 1 << 19
@@ -112,8 +112,20 @@ class GroupedMatrix(ABC):
 
     @property
     @abstractmethod
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held, each with a row of the matrix in each of its rows."""
+
+    @property
     def num_bytes(self) -> int:
         """Memory held."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def put_rows(self, start: int, rows: GroupedMatrix) -> None:
+        """Copy all rows of another matrix of this kind and width to rows [start, ...)."""
+        assert type(rows) is type(self)
+        assert (rows.num_columns, rows.block) == (self.num_columns, self.block)
+        for array, new in zip(self.arrays, rows.arrays, strict=True):
+            array[start : start + new.shape[0]] = new
 
     @abstractmethod
     def grouped_values(self, start: int, end: int) -> Tensor:
@@ -143,6 +155,14 @@ class Int8Matrix(GroupedMatrix):
     """Weights as int8 [N, G, 32] with one float16 scale per group: value = scale * quant."""
 
     @classmethod
+    def empty(cls, rows: int, columns: int, block: int) -> Int8Matrix:
+        """Memory for `put_rows`."""
+        groups = columns // block * padded_columns(block) // GROUP
+        quants = torch.empty(rows, groups, GROUP, dtype=torch.int8)
+        scales = torch.empty(rows, groups, dtype=torch.float16)
+        return cls(quants, scales, columns, block)
+
+    @classmethod
     def from_values(cls, values_NK: Tensor, block: int) -> Int8Matrix:
         """Quantise to nearest, with the largest magnitude of a group at 127."""
         groups = _in_groups(values_NK, block)
@@ -167,9 +187,9 @@ class Int8Matrix(GroupedMatrix):
         return cls(torch.as_tensor(quants), torch.as_tensor(scales), columns, block or columns)
 
     @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return self.quants.nbytes + self.scales.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held."""
+        return self.quants, self.scales
 
     def to(self, device: torch.device) -> Int8Matrix:
         """The same on another device."""
@@ -202,6 +222,14 @@ class Int4Matrix(GroupedMatrix):
         """Made by the `from_...` functions; the arguments are the attributes."""
         super().__init__(quants_NGB, scales_NG, num_columns, block)
         self.minimums = minimums_NG
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, block: int) -> Int4Matrix:
+        """Memory for `put_rows`."""
+        groups = columns // block * padded_columns(block) // GROUP
+        quants = torch.empty(rows, groups, GROUP // 2, dtype=torch.uint8)
+        scales, minimums = torch.empty(2, rows, groups, dtype=torch.float16).unbind()
+        return cls(quants, scales, minimums, columns, block)
 
     @classmethod
     def from_values(cls, values_NK: Tensor, block: int) -> Int4Matrix:
@@ -259,18 +287,24 @@ class Int4Matrix(GroupedMatrix):
         columns: int,
         block: int | None,
     ) -> Int4Matrix:
-        parts = (torch.as_tensor(np.ascontiguousarray(a)) for a in (pairs, scales, minimums))
-        return cls(*parts, columns, block or columns)
+        return cls(
+            torch.as_tensor(np.ascontiguousarray(pairs)),
+            torch.as_tensor(np.ascontiguousarray(scales)),
+            torch.as_tensor(np.ascontiguousarray(minimums)),
+            columns,
+            block or columns,
+        )
 
     @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return self.quants.nbytes + self.scales.nbytes + self.minimums.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held."""
+        return self.quants, self.scales, self.minimums
 
     def to(self, device: torch.device) -> Int4Matrix:
         """The same on another device."""
-        parts = (a.to(device) for a in (self.quants, self.scales, self.minimums))
-        return Int4Matrix(*parts, self.num_columns, self.block)
+        quants, scales = self.quants.to(device), self.scales.to(device)
+        minimums = self.minimums.to(device)
+        return Int4Matrix(quants, scales, minimums, self.num_columns, self.block)
 
     def grouped_values(self, start: int, end: int) -> Tensor:
         """Rows [start, end) as float32 [rows, G, 32], padding included."""
@@ -294,21 +328,3 @@ def _in_groups(values_NK: Tensor, block: int) -> Tensor:
     if padding:
         blocks = torch.nn.functional.pad(blocks, (0, padding), mode="replicate")
     return blocks.reshape(rows, -1, GROUP)
-
-
-def make_matrix(
-    values_NK: Tensor, dtype: ComputeDtype, device: torch.device, column_block: int
-) -> Matrix:
-    """Put values into a compute format on a device.
-
-    Args:
-        values_NK: float32 [N, K] on the CPU, or bfloat16 where that is the format.
-        column_block: columns that groups may not leave; K for most matrices.
-    """
-    if dtype == "float32":
-        return Float32Matrix(values_NK.to(device))
-    if dtype == "bfloat16":
-        return BFloat16Matrix(values_NK.to(device))
-    if dtype == "int8":
-        return Int8Matrix.from_values(values_NK, column_block).to(device)
-    return Int4Matrix.from_values(values_NK, column_block).to(device)

@@ -52,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--node", action="append", default=[], metavar="TOKEN", help="join token of a worker"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "int8"), default="auto")
+    dtypes = ("auto", "float32", "bfloat16", "int8", "int4")
+    parser.add_argument("--dtype", choices=dtypes, default="auto")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads per runner")
     parser.add_argument("--kv-window", type=_positive, metavar="N", help="positions per answer")
     parser.add_argument("--settings", type=Path, default=default_settings_path(), metavar="FILE")

@@ -257,7 +257,7 @@ def _values(weight: Any) -> NDArray[np.float32]:
     """The values of a packed weight, up to order."""
     if isinstance(weight, torch.Tensor):
         return weight.numpy()
-    return weight._values.numpy()
+    return weight.values.numpy()
 
 
 def server_of(

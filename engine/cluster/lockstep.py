@@ -48,7 +48,7 @@ class Lockstep:
 
         Args:
             checkpoint: open, for as long as this is used.
-            dtype: what the weights compute in: "float32", "bfloat16" or "int8".
+            dtype: what the weights compute in: "float32", "bfloat16", "int8" or "int4".
             window: positions that attention can reach back; None takes the model's context, at
                 most 8,192. Longer texts slide.
             kv_dtype: what keys and values are kept in: "float32", "bfloat16" or "float16".

@@ -12,7 +12,7 @@ from engine.cluster.messages import DeviceSpeed, GpuUsage, Message, ProcessUsage
 from engine.model.config import ModelConfig
 from engine.plan.plan import Plan
 
-DtypeChoice = Literal["auto", "float32", "bfloat16", "int8"]
+DtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 CacheDtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length", "cancelled"]
 NodeStateName = Literal[

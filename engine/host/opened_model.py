@@ -20,8 +20,10 @@ from engine.decode.stopping import IdStopMatcher, StopMatcher
 from engine.errors import CacheFull, ConfigError, PromptError
 from engine.host import messages as api
 from engine.host.kv_settings import choose_dtype, choose_window
+from engine.kernels.available import has_native_kernels
 from engine.model.batch import ComputeDtype
 from engine.model.config import CacheDtype
+from engine.model.weight_formats import auto_dtype
 from engine.text.chat_template import ChatTemplate, Message, encode_chat
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -61,22 +63,19 @@ class OpenedModel:
             self.checkpoint.close()
             raise
         self._image_encoder = ImageEncoder(path) if self.config.vision is not None else None
-        self.dtype: ComputeDtype = self._choose_dtype(dtype)
+        tensors = self.checkpoint.tensors.values()
+        self.dtype: ComputeDtype = (
+            auto_dtype(tensors, has_native_kernels()) if dtype == "auto" else dtype
+        )
         try:
             self.kv_window = choose_window(kv_window, os.environ, self.config.max_positions)
             self.kv_dtype: CacheDtype = choose_dtype(kv_dtype, os.environ, self.dtype)
         except ConfigError:
             self.close()
             raise
-        self.tensors = tuple(self.checkpoint.tensors.values())
+        self.tensors = tuple(tensors)
         self.identity = _identity(self.checkpoint)
         self.file_bytes = sum(f.stat().st_size for f in self.checkpoint.files)
-
-    def _choose_dtype(self, choice: api.DtypeChoice) -> ComputeDtype:
-        if choice != "auto":
-            return choice
-        formats = {t.format for t in self.checkpoint.tensors.values() if len(t.shape) > 1}
-        return "float32" if formats == {"F32"} else "bfloat16"
 
     @property
     def warning(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Weight matrices in the formats that compute: float32, bfloat16, int8 in groups of 32.
+"""Weight matrices in the formats that compute: float32, bfloat16, groups of int8 or int4.
 
 In: float32 values or a file's raw blocks. Out: an object that multiplies activations by itself.
 It knows nothing of layers. N rows (outputs), K columns (inputs), T tokens, G groups.
@@ -6,6 +6,7 @@ It knows nothing of layers. N rows (outputs), K columns (inputs), T tokens, G gr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, Protocol
 
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from engine.model.batch import INT8_GROUP as GROUP
-from engine.model.batch import ComputeDtype, StepKind
+from engine.model.batch import GROUP_COLUMNS as GROUP
+from engine.model.batch import StepKind
 
-# Rows of an int8 matrix that are dequantised at a time: a scratch buffer that stays in cache.
+# Values of a quantised matrix that are dequantised at a time: a scratch buffer that stays in cache.
 SCRATCH_ELEMENTS = 1 << 19
 
 
@@ -55,16 +56,16 @@ class Float32Matrix:
 
     def __init__(self, values_NK: Tensor) -> None:
         """Args: values_NK: float32 [N, K]."""
-        self._values = values_NK.contiguous()
+        self.values = values_NK.contiguous()
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return self._values.nbytes
+        return self.values.nbytes
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
         """x @ W.T in float32."""
-        return linear(x_TK, self._values)
+        return linear(x_TK, self.values)
 
 
 class BFloat16Matrix:
@@ -72,82 +73,75 @@ class BFloat16Matrix:
 
     def __init__(self, values_NK: Tensor) -> None:
         """Args: values_NK: float32 or bfloat16 [N, K]."""
-        self._values = values_NK.to(torch.bfloat16).contiguous()
+        self.values = values_NK.to(torch.bfloat16).contiguous()
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return self._values.nbytes
+        return self.values.nbytes
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
         """x @ W.T; prompts in float32 where this machine has no bfloat16 units."""
         if kind == "prompt" and not has_bfloat16_units(x_TK.device.type):
-            return linear(x_TK, self._values.float())
-        return linear(x_TK.to(torch.bfloat16), self._values).float()
+            return linear(x_TK, self.values.float())
+        return linear(x_TK.to(torch.bfloat16), self.values).float()
 
 
-class Int8Matrix:
-    """Weights as int8 with one float16 scale per group of 32 columns.
+class GroupedMatrix(ABC):
+    """Quantised weights in groups of 32 columns: what int8 and int4 share.
 
     Columns are cut into blocks (a head's width, for an attention output), and each block is padded
     to whole groups, so that no group spans two heads and no split of the heads changes a rounding.
+    What the padding holds has no meaning: it is multiplied with nothing.
+
+    Attributes:
+        quants: [N, G, ...], one row of numbers a group.
+        scales: float16 [N, G].
+        num_columns: K, a multiple of `block`.
+        block: columns that are padded together.
     """
 
-    def __init__(self, quants_NG: Tensor, scales_NG: Tensor, num_columns: int, block: int) -> None:
-        """Made by `from_values` or `from_q8_0`.
+    def __init__(self, quants: Tensor, scales_NG: Tensor, num_columns: int, block: int) -> None:
+        """Made by the `from_...` functions; the arguments are the attributes."""
+        assert num_columns % block == 0
+        assert scales_NG.shape[1] * GROUP == num_columns // block * padded_columns(block)
+        self.quants = quants
+        self.scales = scales_NG
+        self.num_columns = num_columns
+        self.block = block
 
-        Args:
-            quants_NG: int8 [N, G, 32].
-            scales_NG: float16 [N, G].
-            num_columns: K, a multiple of `block`.
-            block: columns that are padded together.
-        """
-        self._quants = quants_NG
-        self._scales = scales_NG
-        self._num_columns = num_columns
-        self._block = block
-
-    @classmethod
-    def from_values(cls, values_NK: Tensor, block: int) -> Int8Matrix:
-        """Quantise to nearest, with the largest magnitude of a group at 127."""
-        rows, columns = values_NK.shape
-        padded = -(-block // GROUP) * GROUP
-        blocks = values_NK.reshape(rows, columns // block, block)
-        blocks = torch.nn.functional.pad(blocks, (0, padded - block))
-        groups = blocks.reshape(rows, -1, GROUP)
-        scales = (groups.abs().amax(dim=-1) / 127).to(torch.float16)
-        divisors = torch.where(scales == 0, 1.0, scales.float())
-        quants = (groups / divisors[..., None]).round().clamp(-127, 127).to(torch.int8)
-        return cls(quants, scales, columns, block)
-
-    @classmethod
-    def from_q8_0(cls, raw: NDArray[np.uint8], rows: int, columns: int) -> Int8Matrix:
-        """Take over the blocks of a Q8_0 file without a second rounding.
-
-        Args:
-            raw: uint8, rows * columns / 32 blocks of 34 bytes: float16 scale, then 32 int8.
-        """
-        blocks = raw.reshape(rows, columns // GROUP, 2 + GROUP)
-        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-        quants = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
-        return cls(torch.as_tensor(quants), torch.as_tensor(scales), columns, columns)
+    @property
+    @abstractmethod
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held, each with a row of the matrix in each of its rows."""
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return self._quants.nbytes + self._scales.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
-    def to(self, device: torch.device) -> Int8Matrix:
-        """A copy on another device."""
-        return Int8Matrix(
-            self._quants.to(device), self._scales.to(device), self._num_columns, self._block
-        )
+    def put_rows(self, start: int, rows: GroupedMatrix) -> None:
+        """Copy all rows of another matrix of this kind and width to rows [start, ...)."""
+        assert type(rows) is type(self)
+        assert (rows.num_columns, rows.block) == (self.num_columns, self.block)
+        for array, new in zip(self.arrays, rows.arrays, strict=True):
+            array[start : start + new.shape[0]] = new
+
+    @abstractmethod
+    def grouped_values(self, start: int, end: int) -> Tensor:
+        """Rows [start, end) as float32 [rows, G, 32], padding included."""
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows [start, end) as float32 [rows, K]."""
+        values = self.grouped_values(start, end)
+        values = values.reshape(end - start, -1, padded_columns(self.block))[..., : self.block]
+        return values.reshape(end - start, self.num_columns)
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
         """x @ W.T, dequantising a few rows at a time."""
         is_bfloat16 = kind == "generated" or has_bfloat16_units(x_TK.device.type)
         dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-        rows, groups, _ = self._quants.shape
+        rows, groups = self.scales.shape
         step = max(1, SCRATCH_ELEMENTS // (groups * GROUP))
         x = x_TK.to(dtype)
         output = x_TK.new_empty(x_TK.shape[0], rows)
@@ -156,25 +150,181 @@ class Int8Matrix:
             output[:, start:end] = linear(x, self.dequantize(start, end).to(dtype))
         return output
 
-    def dequantize(self, start: int, end: int) -> Tensor:
-        """Rows [start, end) as float32 [rows, K]."""
-        values = self._quants[start:end] * self._scales[start:end, :, None].float()
-        padded = -(-self._block // GROUP) * GROUP
-        values = values.reshape(end - start, -1, padded)[..., : self._block]
-        return values.reshape(end - start, self._num_columns)
+
+class Int8Matrix(GroupedMatrix):
+    """Weights as int8 [N, G, 32] with one float16 scale per group: value = scale * quant."""
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, block: int) -> Int8Matrix:
+        """Memory for `put_rows`."""
+        groups = columns // block * padded_columns(block) // GROUP
+        quants = torch.empty(rows, groups, GROUP, dtype=torch.int8)
+        scales = torch.empty(rows, groups, dtype=torch.float16)
+        return cls(quants, scales, columns, block)
+
+    @classmethod
+    def from_values(cls, values_NK: Tensor, block: int) -> Int8Matrix:
+        """Quantise to nearest, with the largest magnitude of a group at 127."""
+        groups = _in_groups(values_NK, block)
+        scales = (groups.abs().amax(dim=-1) / 127).to(torch.float16)
+        divisors = torch.where(scales == 0, 1.0, scales.float())
+        quants = (groups / divisors[..., None]).round().clamp(-127, 127).to(torch.int8)
+        return cls(quants, scales, values_NK.shape[1], block)
+
+    @classmethod
+    def from_q8_0(
+        cls, raw: NDArray[np.uint8], rows: int, columns: int, block: int | None = None
+    ) -> Int8Matrix:
+        """Take over the blocks of a Q8_0 file without a second rounding.
+
+        Args:
+            raw: uint8, rows * columns / 32 blocks of 34 bytes: float16 scale, then 32 int8.
+            block: whole groups of 32 columns; all of them if None.
+        """
+        blocks = raw.reshape(rows, columns // GROUP, 2 + GROUP)
+        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+        quants = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+        return cls(torch.as_tensor(quants), torch.as_tensor(scales), columns, block or columns)
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held."""
+        return self.quants, self.scales
+
+    def to(self, device: torch.device) -> Int8Matrix:
+        """The same on another device."""
+        quants, scales = self.quants.to(device), self.scales.to(device)
+        return Int8Matrix(quants, scales, self.num_columns, self.block)
+
+    def grouped_values(self, start: int, end: int) -> Tensor:
+        """Rows [start, end) as float32 [rows, G, 32], padding included."""
+        return self.quants[start:end] * self.scales[start:end, :, None].float()
 
 
-def make_matrix(
-    values_NK: Tensor, dtype: ComputeDtype, device: torch.device, column_block: int
-) -> Matrix:
-    """Put values into a compute format on a device.
+class Int4Matrix(GroupedMatrix):
+    """Weights as 4-bit numbers, with a scale and a minimum per group: scale * quant + minimum.
 
-    Args:
-        values_NK: float32 [N, K] on the CPU, or bfloat16 where that is the format.
-        column_block: columns that int8 groups may not leave; K for most matrices.
+    `quants` is uint8 [N, G, 16]: byte j of a group holds column j in its low half and column
+    j + 16 in its high half, the order of Q4_0 and Q4_1.
+
+    Attributes:
+        minimums: float16 [N, G].
     """
-    if dtype == "float32":
-        return Float32Matrix(values_NK.to(device))
-    if dtype == "bfloat16":
-        return BFloat16Matrix(values_NK.to(device))
-    return Int8Matrix.from_values(values_NK, column_block).to(device)
+
+    def __init__(
+        self,
+        quants_NGB: Tensor,
+        scales_NG: Tensor,
+        minimums_NG: Tensor,
+        num_columns: int,
+        block: int,
+    ) -> None:
+        """Made by the `from_...` functions; the arguments are the attributes."""
+        super().__init__(quants_NGB, scales_NG, num_columns, block)
+        self.minimums = minimums_NG
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, block: int) -> Int4Matrix:
+        """Memory for `put_rows`."""
+        groups = columns // block * padded_columns(block) // GROUP
+        quants = torch.empty(rows, groups, GROUP // 2, dtype=torch.uint8)
+        scales, minimums = torch.empty(2, rows, groups, dtype=torch.float16).unbind()
+        return cls(quants, scales, minimums, columns, block)
+
+    @classmethod
+    def from_values(cls, values_NK: Tensor, block: int) -> Int4Matrix:
+        """Quantise to nearest, from the least value of a group at 0 to its greatest at 15."""
+        groups = _in_groups(values_NK, block)
+        least, greatest = groups.aminmax(dim=-1)
+        minimums = least.to(torch.float16)
+        scales = ((greatest - least) / 15).to(torch.float16)
+        divisors = torch.where(scales == 0, 1.0, scales.float())
+        numbers = (groups - minimums[..., None].float()) / divisors[..., None]
+        numbers = numbers.round().clamp(0, 15).to(torch.uint8)
+        half = GROUP // 2
+        quants = numbers[..., :half] | (numbers[..., half:] << 4)
+        return cls(quants, scales, minimums, values_NK.shape[1], block)
+
+    @classmethod
+    def from_q4_0(
+        cls, raw: NDArray[np.uint8], rows: int, columns: int, block: int | None = None
+    ) -> Int4Matrix:
+        """Take over the blocks of a Q4_0 file without a second rounding.
+
+        Args:
+            raw: uint8, rows * columns / 32 blocks of 18 bytes: float16 scale, then 16 pairs.
+            block: whole groups of 32 columns; all of them if None.
+        """
+        blocks = raw.reshape(rows, columns // GROUP, 2 + GROUP // 2)
+        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+        # The file's numbers stand for -8 to 7. Eight times a float16 is one, unless it overflows:
+        # with a scale above 8,188, which no weight has, the file is damaged.
+        with np.errstate(over="ignore"):
+            minimums = scales * np.float16(-8)
+        return cls._of_file(blocks[..., 2:], scales, minimums, columns, block)
+
+    @classmethod
+    def from_q4_1(
+        cls, raw: NDArray[np.uint8], rows: int, columns: int, block: int | None = None
+    ) -> Int4Matrix:
+        """Take over the blocks of a Q4_1 file without a second rounding.
+
+        Args:
+            raw: uint8, rows * columns / 32 blocks of 20 bytes: float16 scale and minimum, then 16
+                pairs.
+            block: whole groups of 32 columns; all of them if None.
+        """
+        blocks = raw.reshape(rows, columns // GROUP, 4 + GROUP // 2)
+        halves = np.ascontiguousarray(blocks[..., :4]).view(np.float16)
+        return cls._of_file(blocks[..., 4:], halves[..., 0], halves[..., 1], columns, block)
+
+    @classmethod
+    def _of_file(
+        cls,
+        pairs: NDArray[np.uint8],
+        scales: NDArray[np.float16],
+        minimums: NDArray[np.float16],
+        columns: int,
+        block: int | None,
+    ) -> Int4Matrix:
+        return cls(
+            torch.as_tensor(np.ascontiguousarray(pairs)),
+            torch.as_tensor(np.ascontiguousarray(scales)),
+            torch.as_tensor(np.ascontiguousarray(minimums)),
+            columns,
+            block or columns,
+        )
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything held."""
+        return self.quants, self.scales, self.minimums
+
+    def to(self, device: torch.device) -> Int4Matrix:
+        """The same on another device."""
+        quants, scales = self.quants.to(device), self.scales.to(device)
+        minimums = self.minimums.to(device)
+        return Int4Matrix(quants, scales, minimums, self.num_columns, self.block)
+
+    def grouped_values(self, start: int, end: int) -> Tensor:
+        """Rows [start, end) as float32 [rows, G, 32], padding included."""
+        pairs = self.quants[start:end]
+        numbers = torch.cat((pairs & 15, pairs >> 4), dim=-1).float()
+        numbers *= self.scales[start:end, :, None].float()
+        numbers += self.minimums[start:end, :, None].float()
+        return numbers
+
+
+def padded_columns(block: int) -> int:
+    """Columns of a block after padding to whole groups."""
+    return -(-block // GROUP) * GROUP
+
+
+def _in_groups(values_NK: Tensor, block: int) -> Tensor:
+    """[N, G, 32]; the padding repeats a block's last value, so that it widens no group's range."""
+    rows = values_NK.shape[0]
+    blocks = values_NK.reshape(rows, -1, block)
+    padding = padded_columns(block) - block
+    if padding:
+        blocks = torch.nn.functional.pad(blocks, (0, padding), mode="replicate")
+    return blocks.reshape(rows, -1, GROUP)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-ComputeDtype = Literal["float32", "bfloat16", "int8"]
+ComputeDtype = Literal["float32", "bfloat16", "int8", "int4"]
 # All tokens of a step are prompt tokens, or all are generated ones: a token's arithmetic depends
 # on its kind and not on its company.
 StepKind = Literal["prompt", "generated"]
@@ -17,8 +17,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 
 
-# Columns that share one scale in int8.
-INT8_GROUP = 32
+# Columns that share one scale in int8, and one scale and minimum in int4.
+GROUP_COLUMNS = 32
 
 
 class Segment(

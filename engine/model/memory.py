@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import PlanError
-from engine.model.batch import INT8_GROUP, ComputeDtype
+from engine.model.batch import GROUP_COLUMNS, ComputeDtype
 from engine.model.config import CacheDtype, ModelConfig
 from engine.model.share_keys import WeightKey, kv_heads_of, post_norm_key, row_keys
 from engine.model.view import cache_bytes
+from engine.model.weight_formats import weight_format
 from engine.plan.plan import Plan, PlanShape
 from engine.weights.formats import TensorInfo
+
+# int8 has a float16 scale per group, int4 two numbers a byte and a float16 minimum, too.
+_GROUP_BYTES = {"int8": GROUP_COLUMNS + 2, "int4": GROUP_COLUMNS // 2 + 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,15 @@ def _weight_bytes(key: WeightKey, tensors: Mapping[str, TensorInfo], dtype: Comp
         columns = shape[1] if len(shape) > 1 else 1
     if key.is_plain:
         return 4 * rows * columns
-    if dtype == "float32":
+    format = weight_format(key, tensors, dtype)
+    if format == "float32":
         return 4 * rows * columns
-    if dtype == "bfloat16":
+    if format == "bfloat16":
         return 2 * rows * columns
     block = key.column_block or columns
-    # int8 with a float16 scale per group; each block of columns is padded to whole groups.
-    return rows * (columns // block) * -(-block // INT8_GROUP) * (INT8_GROUP + 2)
+    # Each block of columns is padded to whole groups.
+    groups = rows * (columns // block) * -(-block // GROUP_COLUMNS)
+    return groups * _GROUP_BYTES[format]
 
 
 def plan_memory(

@@ -24,7 +24,7 @@ class WeightKey(NamedTuple):
     """A weight in compute format: slices stacked along rows.
 
     Attributes:
-        column_block: columns that int8 groups may not leave; 0 for the whole width.
+        column_block: columns that groups of int8 and int4 may not leave; 0 for the whole width.
         is_plain: whether it stays float32, as vectors and routers do.
     """
 

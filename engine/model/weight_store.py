@@ -6,7 +6,7 @@ opens no file and no socket: the slices come from whoever holds the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,15 +14,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import ProtocolError
-from engine.kernels.matrices import Int8Matrix, Matrix, make_matrix
+from engine.kernels.matrices import (
+    BFloat16Matrix,
+    Float32Matrix,
+    GroupedMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+)
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey
+from engine.model.weight_formats import GroupedDtype, takes_over, weight_format
 from engine.weights.formats import TensorInfo, dequantize, format_named, num_bytes
 
 RawBytes = NDArray[np.uint8]
 
-# In which values wait to be packed: bfloat16 rounds each once, int8 is quantised from float32.
-JOINED_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+# Values that are turned from file into compute format at a time.
+PIECE_ELEMENTS = 1 << 20
+
+_TAKE_OVER: Mapping[str, Callable[[RawBytes, int, int, int], GroupedMatrix]] = {
+    "Q4_0": Int4Matrix.from_q4_0,
+    "Q4_1": Int4Matrix.from_q4_1,
+    "Q8_0": Int8Matrix.from_q8_0,
+}
 
 
 class WeightStore:
@@ -76,32 +90,73 @@ class WeightStore:
         Args:
             raw: for each slice of the key, the bytes of its widened slice.
         """
-        infos = [self._info(s.name) for s in key.slices]
         wides = [self.stored_slice(s) for s in key.slices]
         if key.is_plain:
             self.packed[key] = self._plain(key, wides, raw).to(self._device)
             return
-        is_whole = all(s == w for s, w in zip(key.slices, wides, strict=True))
-        is_q8_0 = all(info.format == "Q8_0" for info in infos)
-        columns = self.stored_shape(wides[0])[1]
-        if self._dtype == "int8" and is_q8_0 and is_whole and key.column_block % 32 == 0:
-            rows = sum(self.stored_shape(w)[0] for w in wides)
-            joined = np.concatenate([r.reshape(-1) for r in raw])
-            self.packed[key] = Int8Matrix.from_q8_0(joined, rows, columns).to(self._device)
-            return
-        rows = [self.stored_shape(narrow)[0] for narrow in key.slices]
+        format = weight_format(key, self._tensors, self._dtype)
+        rows = sum(self.stored_shape(part)[0] for part in key.slices)
         columns = self.stored_shape(key.slices[0])[1]
-        joined_values = torch.empty(sum(rows), columns, dtype=JOINED_TYPES[self._dtype])
+        if format == "int8" or format == "int4":
+            matrix = self._grouped(key, format, rows, columns, wides, raw)
+            self.packed[key] = matrix.to(self._device)
+            return
+        dtype = torch.float32 if format == "float32" else torch.bfloat16
+        values = torch.empty(rows, columns, dtype=dtype)
         start = 0
-        for narrow, wide, info, data in zip(key.slices, wides, infos, raw, strict=True):
-            values = dequantize(info.format, data, self.stored_shape(wide))
+        for narrow, wide, data in zip(key.slices, wides, raw, strict=True):
+            for piece in self._value_pieces(narrow, wide, data):
+                values[start : start + len(piece)] = piece
+                start += len(piece)
+        values = values.to(self._device)
+        is_exact = format == "float32"
+        self.packed[key] = Float32Matrix(values) if is_exact else BFloat16Matrix(values)
+
+    def _grouped(
+        self,
+        key: WeightKey,
+        format: GroupedDtype,
+        rows: int,
+        columns: int,
+        wides: list[SliceKey],
+        raw: list[RawBytes],
+    ) -> Int8Matrix | Int4Matrix:
+        """A quantised matrix, its slices each as near to the file as it can be."""
+        kind = Int8Matrix if format == "int8" else Int4Matrix
+        block = key.column_block or columns
+        matrix = kind.empty(rows, columns, block)
+        start = 0
+        for narrow, wide, data in zip(key.slices, wides, raw, strict=True):
+            info = self._info(narrow.name)
+            if takes_over(narrow, info, format, key.column_block):
+                parts = (
+                    _TAKE_OVER[info.format](piece, len(piece), columns, block)
+                    for piece in self._byte_pieces(wide, data)
+                )
+            else:
+                pieces = self._value_pieces(narrow, wide, data)
+                parts = (kind.from_values(piece, block) for piece in pieces)
+            for part in parts:
+                matrix.put_rows(start, part)
+                start += len(part.scales)
+        return matrix
+
+    def _byte_pieces(self, wide: SliceKey, data: RawBytes) -> Iterator[RawBytes]:
+        """A few rows at a time, so that what lies between file and compute format stays small."""
+        rows, columns = self.stored_shape(wide)
+        by_row = data.reshape(rows, -1)
+        step = max(1, PIECE_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            yield by_row[start : start + step]
+
+    def _value_pieces(self, narrow: SliceKey, wide: SliceKey, data: RawBytes) -> Iterator[Tensor]:
+        """Float32 values of a slice, a few rows at a time."""
+        columns = self.stored_shape(wide)[1]
+        for piece in self._byte_pieces(wide, data):
+            values = dequantize(self._info(wide.name).format, piece, (len(piece), columns))
             if narrow.axis == 1:
                 values = values[:, narrow.start - wide.start : narrow.end - wide.start]
-            end = start + values.shape[0]
-            joined_values[start:end] = torch.as_tensor(values)
-            start = end
-        block = key.column_block or columns
-        self.packed[key] = make_matrix(joined_values, self._dtype, self._device, block)
+            yield torch.as_tensor(values)
 
     def _plain(self, key: WeightKey, wides: list[SliceKey], raw: list[RawBytes]) -> Tensor:
         """Float32 values of slices that are stacked but not packed."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -354,7 +354,7 @@ class llama_cluster_transformer:  # noqa: N801 - the documented name
 
 
 def _compute_dtype(name: str) -> ComputeDtype:
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in get_args(ComputeDtype):
         if name == dtype:
             return dtype
     raise ConfigError(f"one layer alone cannot be computed in {name}; open the model in float32")

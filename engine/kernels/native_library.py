@@ -66,18 +66,6 @@ class AttentionStruct(Structure):
     )
 
 
-class SegmentStruct(Structure):
-    """`shardmix_segment`."""
-
-    _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("capacity", c_int64),
-        ("first_position", c_int64),
-        ("num_tokens", c_int64),
-    )
-
-
 class MlpStruct(Structure):
     """`shardmix_mlp_share`."""
 
@@ -112,7 +100,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dequantize": (c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_int64, c_void_p),
     "multiply": (c_int64, POINTER(MatrixStruct), c_void_p, c_int64, c_void_p),
     "attention_part": (
-        *(c_int64, POINTER(AttentionStruct), POINTER(SegmentStruct), c_int64, c_void_p, c_int64),
+        *(c_int64, POINTER(AttentionStruct), c_void_p, c_int64, c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_void_p),
     ),
     "mlp_part": (c_int64, POINTER(MlpStruct), c_void_p, c_int64, c_void_p),
@@ -237,12 +225,3 @@ def native_library() -> NativeLibrary | None:
     Raises: ConfigError: SHARDMIX_KERNELS asks for what is unknown, or cannot be had here.
     """
     return open_library(os.environ)
-
-
-def kernels_in_use() -> str:
-    """Name of the kernels that compute generated tokens on this CPU: "torch", "avx2", ...
-
-    Raises: ConfigError: as `native_library`.
-    """
-    library = native_library()
-    return TORCH if library is None else library.selected_name

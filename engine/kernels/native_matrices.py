@@ -40,6 +40,7 @@ class NativeMatrix:
     """A packed matrix; its memory is all that is left of the weights.
 
     Attributes:
+        library: whose kernels read it.
         struct: what C functions take, as a pointer; valid as long as this object lives.
         shape: rows and columns.
     """
@@ -78,7 +79,7 @@ class NativeMatrix:
         if format_code == INT4:
             expected["minimums"] = (minimums, torch.float16, (rows, groups))
         held = [check_tensor(name, *what).contiguous() for name, what in expected.items()]
-        self._library = library
+        self.library = library
         self.shape = shape
         struct = MatrixStruct(format_code, rows, columns, block, groups, None)
         self._panels = torch.empty(library.packed_bytes(byref(struct)), dtype=torch.uint8)
@@ -86,11 +87,12 @@ class NativeMatrix:
         pointers = [tensor.data_ptr() for tensor in held] + [None] * (3 - len(held))
         check_status(library.pack(byref(struct), *pointers, struct.panels))
         self.struct: Any = pointer(struct)
+        self._num_bytes = sum(tensor.nbytes for tensor in held)
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
-        return self._panels.nbytes
+        """Memory held, but for the padding of the last rows to a whole panel."""
+        return self._num_bytes
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
         """x @ W.T; prompts in torch, a few dequantised rows at a time.
@@ -103,7 +105,7 @@ class NativeMatrix:
         if not x.shape[0]:
             return output
         if kind == "generated":
-            status = self._library.multiply(
+            status = self.library.multiply(
                 self.struct, x.data_ptr(), x.shape[0], output.data_ptr()
             )
             check_status(status)
@@ -138,7 +140,7 @@ class NativeMatrix:
         check_tensor("dequantised rows", target, dtype, (end - start, columns))
         if not target.is_contiguous():
             raise ProtocolError("dequantised rows are written to contiguous memory only. Copy it")
-        status = self._library.dequantize(
+        status = self.library.dequantize(
             self.struct, start, end, is_bfloat16, target.data_ptr()
         )
         check_status(status)

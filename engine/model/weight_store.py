@@ -22,6 +22,8 @@ from engine.kernels.matrices import (
     Int8Matrix,
     Matrix,
 )
+from engine.kernels.native_library import native_library
+from engine.kernels.native_matrices import repack
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey
 from engine.model.weight_formats import GroupedDtype, takes_over, weight_format
@@ -99,7 +101,7 @@ class WeightStore:
         columns = self.stored_shape(key.slices[0])[1]
         if format == "int8" or format == "int4":
             matrix = self._grouped(key, format, rows, columns, wides, raw)
-            self.packed[key] = matrix.to(self._device)
+            self.packed[key] = repack(matrix.to(self._device), native_library())
             return
         dtype = torch.float32 if format == "float32" else torch.bfloat16
         values = torch.empty(rows, columns, dtype=dtype)
@@ -109,8 +111,10 @@ class WeightStore:
                 values[start : start + len(piece)] = piece
                 start += len(piece)
         values = values.to(self._device)
-        is_exact = format == "float32"
-        self.packed[key] = Float32Matrix(values) if is_exact else BFloat16Matrix(values)
+        if format == "float32":
+            self.packed[key] = Float32Matrix(values)
+        else:
+            self.packed[key] = repack(BFloat16Matrix(values), native_library())
 
     def _grouped(
         self,

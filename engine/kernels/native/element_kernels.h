@@ -74,7 +74,7 @@ static void rms_norm(const float *x, const float *weight, float epsilon, int64_t
 
 template <class Isa>
 static void quantize(const float *x, int64_t block, int64_t first_group, int64_t end_group,
-                     const QuantizedRow &row) {
+                     const QuantizedToken &token) {
     int64_t per_block = groups_of_block(block);
     for (int64_t g = first_group; g < end_group; ++g) {
         int64_t offset = g % per_block * kGroup, left = block - offset;
@@ -90,15 +90,15 @@ static void quantize(const float *x, int64_t block, int64_t first_group, int64_t
         float magnitude = Isa::largest(largest);
         bool is_zero = !(magnitude >= kSmallestMagnitude);
         auto inverse = Isa::splat(is_zero ? 0.0f : 127.0f / magnitude);
-        int8_t *quants = row.quants + g * kGroup;
+        int8_t *quants = token.quants + g * token.stride * kGroup;
         for (int64_t i = 0; i < kGroup; i += Isa::kLanes)
             Isa::store_rounded(quants + i, Isa::multiply(Isa::load(values + i), inverse));
         int32_t sum = 0;
         for (int64_t i = 0; i < kGroup; ++i) sum += quants[i];
         float scale = is_zero ? 0.0f : magnitude / 127.0f;
-        row.scales[g] = scale;
-        row.scaled_sums[g] = scale * (float)sum;
-        row.sums[g] = sum;
+        token.scales[g * token.stride] = scale;
+        token.scaled_sums[g * token.stride] = scale * (float)sum;
+        token.sums[g * token.stride] = sum;
     }
 }
 

@@ -17,21 +17,24 @@ constexpr int64_t kGroup = 32;       // columns that share a scale
 constexpr int64_t kPanelRows = 16;   // rows that are interleaved
 constexpr int64_t kChunk = 256;      // positions that one attention unit covers
 
-// Tokens prepared for a matrix. For int4 and int8: quantised in groups; for bfloat16: as they are.
+// Tokens prepared for a matrix. For int4 and int8: quantised in groups, those of all tokens next to
+// each other, so that a product finds them at constant distances; for bfloat16: as they are.
 struct Activations {
     const float *values;         // [T, K]
-    const int8_t *quants;        // [T, G, 32]
-    const float *scales;         // [T, G]
-    const float *scaled_sums;    // [T, G], scale times sum of the quants
-    const int32_t *sums;         // [T, G], sum of the quants
+    const int8_t *quants;        // [G, T, 32]
+    const float *scales;         // [G, T]
+    const float *scaled_sums;    // [G, T], scale times sum of the quants
+    const int32_t *sums;         // [G, T], sum of the quants
     int64_t num_tokens;
 };
 
-struct QuantizedRow {
-    int8_t *quants;        // [G, 32]
-    float *scales;         // [G]
-    float *scaled_sums;    // [G]
-    int32_t *sums;         // [G]
+// One token's part of these: its first group, and the distance to the next in tokens.
+struct QuantizedToken {
+    int8_t *quants;
+    float *scales;
+    float *scaled_sums;
+    int32_t *sums;
+    int64_t stride;
 };
 
 // Query heads that share a KV head, of one token, over at most kChunk positions.
@@ -61,7 +64,7 @@ struct KernelTable {
     void (*rms_norm)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
     // Groups [first, end) of a row of so many columns, padded per block.
     void (*quantize)(const float *x, int64_t block, int64_t first_group, int64_t end_group,
-                     const QuantizedRow &row);
+                     const QuantizedToken &token);
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
     void (*attend)(const AttentionUnit &unit);

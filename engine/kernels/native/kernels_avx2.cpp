@@ -72,8 +72,7 @@ struct Avx2 {
 
     // `rows`: word [k][row] of a group, the first of eight rows.
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, int64_t stride,
-                                   Ints (&dots)[TOKENS]) {
+    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         const __m256i low = _mm256_set1_epi8(15);
         __m256i weights[8];
         for (int k = 0; k < 4; ++k) {
@@ -83,24 +82,24 @@ struct Avx2 {
         }
         for (int t = 0; t < TOKENS; ++t) {
             // Eight products of at most 2 * 15 * 127 fit into 16 bits.
-            __m256i total = _mm256_maddubs_epi16(weights[0], four_columns(x + t * stride));
+            __m256i total = _mm256_maddubs_epi16(weights[0], four_columns(x + t * kGroup));
             for (int k = 1; k < 8; ++k)
                 total = _mm256_add_epi16(
-                    total, _mm256_maddubs_epi16(weights[k], four_columns(x + t * stride + 4 * k)));
+                    total, _mm256_maddubs_epi16(weights[k], four_columns(x + t * kGroup + 4 * k)));
             dots[t] = _mm256_madd_epi16(total, _mm256_set1_epi16(1));
         }
     }
 
     template <int TOKENS>
-    static inline void dot_bytes(const int8_t *rows, const int8_t *x, int64_t stride,
-                                 const int32_t *, int64_t, Ints (&dots)[TOKENS]) {
+    static inline void dot_bytes(const int8_t *rows, const int8_t *x, const int32_t *,
+                                 Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) dots[t] = _mm256_setzero_si256();
         for (int k = 0; k < 8; ++k) {
             __m256i weights = _mm256_loadu_si256((const __m256i *)(rows + k * 64));
             // One factor must be unsigned: the sign goes over to the other, which is never -128.
             __m256i magnitudes = _mm256_abs_epi8(weights);
             for (int t = 0; t < TOKENS; ++t) {
-                __m256i values = _mm256_sign_epi8(four_columns(x + t * stride + 4 * k), weights);
+                __m256i values = _mm256_sign_epi8(four_columns(x + t * kGroup + 4 * k), weights);
                 __m256i pairs = _mm256_maddubs_epi16(magnitudes, values);
                 dots[t] =
                     _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -57,8 +57,7 @@ struct Avx512Vnni {
     }
 
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, int64_t stride,
-                                   Ints (&dots)[TOKENS]) {
+    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         const __m512i low = _mm512_set1_epi8(15);
         for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_setzero_si512();
         for (int k = 0; k < 4; ++k) {
@@ -66,7 +65,7 @@ struct Avx512Vnni {
             __m512i first = _mm512_and_si512(pairs, low);
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low);
             for (int t = 0; t < TOKENS; ++t) {
-                const int8_t *values = x + t * stride + 4 * k;
+                const int8_t *values = x + t * kGroup + 4 * k;
                 dots[t] = _mm512_dpbusd_epi32(dots[t], first, four_columns(values));
                 dots[t] = _mm512_dpbusd_epi32(dots[t], second, four_columns(values + 16));
             }
@@ -74,16 +73,16 @@ struct Avx512Vnni {
     }
 
     template <int TOKENS>
-    static inline void dot_bytes(const int8_t *rows, const int8_t *x, int64_t stride,
-                                 const int32_t *sums, int64_t sums_stride, Ints (&dots)[TOKENS]) {
+    static inline void dot_bytes(const int8_t *rows, const int8_t *x, const int32_t *sums,
+                                 Ints (&dots)[TOKENS]) {
         // One factor must be unsigned: weights plus 128, less 128 times the sum of the values.
         const __m512i flip = _mm512_set1_epi8((char)0x80);
-        for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_set1_epi32(-128 * sums[t * sums_stride]);
+        for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_set1_epi32(-128 * sums[t]);
         for (int k = 0; k < 8; ++k) {
             __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(rows + k * 64), flip);
             for (int t = 0; t < TOKENS; ++t)
                 dots[t] =
-                    _mm512_dpbusd_epi32(dots[t], weights, four_columns(x + t * stride + 4 * k));
+                    _mm512_dpbusd_epi32(dots[t], weights, four_columns(x + t * kGroup + 4 * k));
         }
     }
 };

@@ -58,15 +58,14 @@ struct Neon {
     }
 
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, int64_t stride,
-                                   Ints (&dots)[TOKENS]) {
+    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) dots[t] = vdupq_n_s32(0);
         for (int k = 0; k < 4; ++k) {
             uint8x16_t pairs = vld1q_u8(rows + k * 64);
             int8x16_t first = vreinterpretq_s8_u8(vandq_u8(pairs, vdupq_n_u8(15)));
             int8x16_t second = vreinterpretq_s8_u8(vshrq_n_u8(pairs, 4));
             for (int t = 0; t < TOKENS; ++t) {
-                const int8_t *values = x + t * stride + 4 * k;
+                const int8_t *values = x + t * kGroup + 4 * k;
                 dots[t] = vdotq_s32(dots[t], first, four_columns(values));
                 dots[t] = vdotq_s32(dots[t], second, four_columns(values + 16));
             }
@@ -74,13 +73,13 @@ struct Neon {
     }
 
     template <int TOKENS>
-    static inline void dot_bytes(const int8_t *rows, const int8_t *x, int64_t stride,
-                                 const int32_t *, int64_t, Ints (&dots)[TOKENS]) {
+    static inline void dot_bytes(const int8_t *rows, const int8_t *x, const int32_t *,
+                                 Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) dots[t] = vdupq_n_s32(0);
         for (int k = 0; k < 8; ++k) {
             int8x16_t weights = vld1q_s8(rows + k * 64);
             for (int t = 0; t < TOKENS; ++t)
-                dots[t] = vdotq_s32(dots[t], weights, four_columns(x + t * stride + 4 * k));
+                dots[t] = vdotq_s32(dots[t], weights, four_columns(x + t * kGroup + 4 * k));
         }
     }
 };

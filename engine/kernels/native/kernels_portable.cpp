@@ -88,10 +88,9 @@ struct Portable {
     static inline void prefetch(const char *, size_t) {}
 
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, int64_t stride,
-                                   Ints (&dots)[TOKENS]) {
+    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) {
-            const int8_t *values = x + t * stride;
+            const int8_t *values = x + t * kGroup;
             for (int64_t i = 0; i < kLanes; ++i) {
                 int32_t total = 0;
                 for (int k = 0; k < 4; ++k)
@@ -106,10 +105,10 @@ struct Portable {
     }
 
     template <int TOKENS>
-    static inline void dot_bytes(const int8_t *rows, const int8_t *x, int64_t stride,
-                                 const int32_t *, int64_t, Ints (&dots)[TOKENS]) {
+    static inline void dot_bytes(const int8_t *rows, const int8_t *x, const int32_t *,
+                                 Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) {
-            const int8_t *values = x + t * stride;
+            const int8_t *values = x + t * kGroup;
             for (int64_t i = 0; i < kLanes; ++i) {
                 int32_t total = 0;
                 for (int k = 0; k < 8; ++k)

@@ -53,21 +53,21 @@ struct Int4Product {
         for (int64_t g = 0; g < num_groups; ++g) {
             const Int4Group &group = groups[g];
             Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int4Group));
-            const int8_t *quants = x.quants + (token * num_groups + g) * kGroup;
-            const float *scales_T = x.scales + token * num_groups + g;
-            const float *sums_T = x.scaled_sums + token * num_groups + g;
+            int64_t at = g * x.num_tokens + token;
+            const int8_t *quants = x.quants + at * kGroup;
+            const float *scales_T = x.scales + at;
+            const float *sums_T = x.scaled_sums + at;
             for (int v = 0; v < VECTORS; ++v) {
                 int64_t row = lane + v * Isa::kLanes;
                 typename Isa::Ints dots[TOKENS];
-                Isa::template dot_nibbles<TOKENS>(group.quants[0][row], quants, num_groups * kGroup,
-                                                  dots);
+                Isa::template dot_nibbles<TOKENS>(group.quants[0][row], quants, dots);
                 auto scales = Isa::load_float16(group.scales + row);
                 auto minimums = Isa::load_float16(group.minimums + row);
                 for (int t = 0; t < TOKENS; ++t) {
-                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t * num_groups]));
+                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
                     auto total = tile.totals[t][v];
                     total = Isa::multiply_add(scale, Isa::to_floats(dots[t]), total);
-                    total = Isa::multiply_add(minimums, Isa::splat(sums_T[t * num_groups]), total);
+                    total = Isa::multiply_add(minimums, Isa::splat(sums_T[t]), total);
                     tile.totals[t][v] = total;
                 }
             }
@@ -85,17 +85,17 @@ struct Int8Product {
         for (int64_t g = 0; g < num_groups; ++g) {
             const Int8Group &group = groups[g];
             Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int8Group));
-            const int8_t *quants = x.quants + (token * num_groups + g) * kGroup;
-            const float *scales_T = x.scales + token * num_groups + g;
-            const int32_t *sums_T = x.sums + token * num_groups + g;
+            int64_t at = g * x.num_tokens + token;
+            const int8_t *quants = x.quants + at * kGroup;
+            const float *scales_T = x.scales + at;
+            const int32_t *sums_T = x.sums + at;
             for (int v = 0; v < VECTORS; ++v) {
                 int64_t row = lane + v * Isa::kLanes;
                 typename Isa::Ints dots[TOKENS];
-                Isa::template dot_bytes<TOKENS>(group.quants[0][row], quants, num_groups * kGroup,
-                                                sums_T, num_groups, dots);
+                Isa::template dot_bytes<TOKENS>(group.quants[0][row], quants, sums_T, dots);
                 auto scales = Isa::load_float16(group.scales + row);
                 for (int t = 0; t < TOKENS; ++t) {
-                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t * num_groups]));
+                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
                     tile.totals[t][v] =
                         Isa::multiply_add(scale, Isa::to_floats(dots[t]), tile.totals[t][v]);
                 }
@@ -106,8 +106,8 @@ struct Int8Product {
 
 template <class Isa>
 struct BFloat16Product {
-    // Sums of every fourth column: one chain of additions would wait for itself.
-    static constexpr int kChains = 4;
+    // Sums of every second column: one chain of additions would wait for itself.
+    static constexpr int kChains = 2;
 
     template <int TOKENS, int VECTORS>
     static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
@@ -127,9 +127,7 @@ struct BFloat16Product {
             add_column(columns[k], values + k, num_columns, lane, chains[k - whole]);
         for (int t = 0; t < TOKENS; ++t)
             for (int v = 0; v < VECTORS; ++v)
-                tile.totals[t][v] =
-                    Isa::add(Isa::add(chains[0].totals[t][v], chains[1].totals[t][v]),
-                             Isa::add(chains[2].totals[t][v], chains[3].totals[t][v]));
+                tile.totals[t][v] = Isa::add(chains[0].totals[t][v], chains[1].totals[t][v]);
     }
 
     template <int TOKENS, int VECTORS>
@@ -166,6 +164,8 @@ static void multiply_panels(const shardmix_matrix &matrix, const Activations &x,
         int64_t token = 0, row = p * kPanelRows;
         for (; token + TOKENS <= x.num_tokens; token += TOKENS)
             multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, x, token, row, out);
+        for (; TOKENS > 2 && token + 2 <= x.num_tokens; token += 2)
+            multiply_tile<Isa, Product, 2, 1>(matrix, panel, x, token, row, out);
         for (; token < x.num_tokens; ++token)
             multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, x, token, row, out);
     }
@@ -179,7 +179,7 @@ static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_
     else if (matrix.format == SHARDMIX_INT8)
         multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
     else
-        multiply_panels<Isa, BFloat16Product<Isa>, 2>(matrix, x, first_panel, end_panel, out);
+        multiply_panels<Isa, BFloat16Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
 }
 
 static inline void write_float(float *out, float value) { *out = value; }

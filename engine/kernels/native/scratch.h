@@ -59,10 +59,9 @@ class PreparedTokens {
     // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
     void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
         if (matrix_->format == SHARDMIX_BFLOAT16) return;
-        int64_t start = token * matrix_->num_groups;
-        QuantizedRow row{quants_.data() + start * kGroup, scales_.data() + start,
-                         scaled_sums_.data() + start, sums_.data() + start};
-        kernels().quantize(values(token), matrix_->block, first_group, end_group, row);
+        QuantizedToken target{quants_.data() + token * kGroup, scales_.data() + token,
+                              scaled_sums_.data() + token, sums_.data() + token, num_tokens_};
+        kernels().quantize(values(token), matrix_->block, first_group, end_group, target);
     }
     void prepare(int64_t token) const { prepare(token, 0, matrix_->num_groups); }
 

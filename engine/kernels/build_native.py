@@ -24,7 +24,15 @@ LIBRARY_NAME = "shardmix_native.dll" if os.name == "nt" else "shardmix_native.so
 COMPILER_SECONDS = 300
 
 # Contracting a * b + c as the compiler likes would let a result depend on the tile it is in.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+)
 SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 # Only these files may use what not every machine has: they are called after a look at the machine.
 X86_FLAGS = {
@@ -85,7 +93,16 @@ def build(output: Path, is_sanitized: bool = False, compiler: Sequence[str] = ()
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         steps = [
-            [*command, *flags, *threads, *special.get(source.name, ()), "-c", str(source), "-o", path]
+            [
+                *command,
+                *flags,
+                *threads,
+                *special.get(source.name, ()),
+                "-c",
+                str(source),
+                "-o",
+                path,
+            ]
             for source, path in zip(sources, objects, strict=True)
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:

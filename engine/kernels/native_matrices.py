@@ -105,9 +105,7 @@ class NativeMatrix:
         if not x.shape[0]:
             return output
         if kind == "generated":
-            status = self.library.multiply(
-                self.struct, x.data_ptr(), x.shape[0], output.data_ptr()
-            )
+            status = self.library.multiply(self.struct, x.data_ptr(), x.shape[0], output.data_ptr())
             check_status(status)
             return output
         dtype = torch.bfloat16 if has_bfloat16_units("cpu") else torch.float32
@@ -140,9 +138,7 @@ class NativeMatrix:
         check_tensor("dequantised rows", target, dtype, (end - start, columns))
         if not target.is_contiguous():
             raise ProtocolError("dequantised rows are written to contiguous memory only. Copy it")
-        status = self.library.dequantize(
-            self.struct, start, end, is_bfloat16, target.data_ptr()
-        )
+        status = self.library.dequantize(self.struct, start, end, is_bfloat16, target.data_ptr())
         check_status(status)
         return target
 

@@ -1,0 +1,43 @@
+"""The native kernels for tests: built where they are not, skipped where they cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.kernels.build_native import BuildError, build, find_compiler, source_hash
+from engine.kernels.native_library import PATH, NativeLibrary
+
+
+@pytest.fixture(scope="session")
+def compiler() -> list[str]:
+    """The C++ compiler's command."""
+    try:
+        return find_compiler()
+    except BuildError as error:
+        pytest.skip(f"native kernels cannot be built here: {error}")
+
+
+@pytest.fixture(scope="session")
+def built_library() -> NativeLibrary:
+    """The library of the sources here."""
+    try:
+        return NativeLibrary(PATH, source_hash())
+    except (OSError, ConfigError):
+        pass
+    try:
+        build(PATH)
+    except BuildError as error:
+        pytest.skip(f"native kernels cannot be built here: {error}")
+    return NativeLibrary(PATH, source_hash())
+
+
+@pytest.fixture
+def library(built_library: NativeLibrary) -> Iterator[NativeLibrary]:
+    """The same, as it was before when the test ends."""
+    selected = built_library.selected_name
+    yield built_library
+    built_library.use(selected)
+    built_library.set_num_threads(1)

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from engine.errors import ConfigError
 from engine.kernels.build_native import BuildError, build, find_compiler, source_hash
 from engine.kernels.native_library import PATH, NativeLibrary
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small only make a second thread of torch's wait, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

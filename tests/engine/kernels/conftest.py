@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ import torch
 from engine.errors import ConfigError
 from engine.kernels.build_native import BuildError, build, find_compiler, source_hash
 from engine.kernels.native_library import PATH, NativeLibrary
+
+# Set by test_native_kernels_pass_sanitizers.py for the tests that it runs.
+LIBRARY_VARIABLE = "SHARDMIX_TEST_LIBRARY"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +37,9 @@ def compiler() -> list[str]:
 
 @pytest.fixture(scope="session")
 def built_library() -> NativeLibrary:
-    """The library of the sources here."""
+    """The library of the sources here; the one under test, where an outer test names it."""
+    if under_test := os.environ.get(LIBRARY_VARIABLE):
+        return NativeLibrary(Path(under_test), source_hash())
     try:
         return NativeLibrary(PATH, source_hash())
     except (OSError, ConfigError):

@@ -4,7 +4,7 @@
 Nothing but this file is needed to begin: it makes `.venv` with `venv`, installs the project with
 `pip` (so a mirror, a proxy or a local build that pip is configured for is used), checks the shared
 libraries that the window needs on Linux, and then becomes what was asked for. It installs again only
-when `pyproject.toml` has changed. The syntax is that of Python 3.8, so that an old Python can say
+when `pyproject.toml` or what is compiled at installation has changed. The syntax is that of Python 3.8, so that an old Python can say
 what it lacks.
 """
 
@@ -165,8 +165,9 @@ def wanted_stamp() -> dict[str, str]:
     digest = hashlib.sha256()
     sources = [ROOT / "pyproject.toml"]
     if (ROOT / "setup.py").exists():  # compiled at installation, so they count
-        sources += [ROOT / "setup.py", *sorted((ROOT / "engine").rglob("*.cpp"))]
-        sources += sorted((ROOT / "engine").rglob("*.h"))
+        sources += [ROOT / "setup.py", *sorted((ROOT / "engine").rglob("build_native.py"))]
+        for pattern in ("*.cpp", "*.h"):
+            sources += sorted((ROOT / "engine").rglob(pattern))
     try:
         for source in sources:
             digest.update(source.read_bytes())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from engine.kernels.native_library import TORCH, native_library
+
 
 def kernels_in_use() -> str:
-    """A name for people: "native ..." with the instruction set, or "torch"."""
-    return "torch"
+    """A name for people: "native ..." with the instruction set, or "torch".
+
+    Raises: ConfigError: SHARDMIX_KERNELS asks for what is unknown, or cannot be had here.
+    """
+    library = native_library()
+    return TORCH if library is None else f"native {library.selected_name}"
 
 
 def has_native_kernels() -> bool:

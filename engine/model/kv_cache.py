@@ -57,6 +57,7 @@ class LayerCache:
         shape = (num_heads, 0, head_width)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._place = (0, 0, 0)
 
     def append(self, first_position: int, keys_THD: Tensor, values_THD: Tensor) -> CachedKeys:
         """Write new tokens at their positions; whatever was there or later is gone.
@@ -67,9 +68,7 @@ class LayerCache:
         """
         count = keys_THD.shape[0]
         end = first_position + count
-        if end > self._keys.shape[1] and self._keys.shape[1] < self._limit:
-            self._grow(end)
-        capacity = self._keys.shape[1]
+        _, _, capacity = self.reserve(end)
         start = first_position % capacity
         fits = min(count, capacity - start)
         for held, new in ((self._keys, keys_THD), (self._values, values_THD)):
@@ -85,6 +84,17 @@ class LayerCache:
         positions = end - 1 - (end - 1 - index) % capacity
         return CachedKeys(self._keys, self._values, None, positions)
 
+    def reserve(self, end_position: int) -> tuple[int, int, int]:
+        """Room for all positions before `end_position`, or for as many as the ring ever holds.
+
+        Returns: addresses of keys and values [H, S, D], and S; position p lies at p modulo S. They
+            hold until more room is reserved.
+        """
+        capacity = self._place[2]
+        if capacity < end_position and capacity < self._limit:
+            self._grow(end_position)
+        return self._place
+
     @property
     def num_bytes(self) -> int:
         """Memory held."""
@@ -98,6 +108,7 @@ class LayerCache:
             new = old.new_empty(old.shape[0], capacity, old.shape[2])
             new[:, : old.shape[1]] = old
             setattr(self, name, new)
+        self._place = (self._keys.data_ptr(), self._values.data_ptr(), capacity)
 
 
 class KVCache:

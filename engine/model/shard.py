@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from engine.kernels import native_kernels
 from engine.kernels.matrices import Matrix
+from engine.kernels.native_kernels import NativeAttention, NativeHead, NativeMlp, NativeShare
 from engine.kernels.torch_kernels import (
     AttentionShare,
     Batch,
@@ -52,9 +54,12 @@ class ModelShard:
         self.plan = plan
         self.dtype: ComputeDtype = dtype
         self._index = device_index
+        self._kv_dtype: CacheDtype = kv_dtype
         self._device = device
         self._ropes = [RopeTable(rope, config.head_width, device) for rope in config.ropes]
         self._shares: dict[int, AttentionShare | MlpShare | HeadShare] = {}
+        # The same shares for native kernels, where these have all of a row.
+        self._native: dict[int, NativeShare] = {}
         self._post_norms: dict[int, Tensor] = {}
         heads = kv_heads_of(plan, device_index)
         self.cache = KVCache(config, heads, kv_window, kv_dtype, device)
@@ -74,7 +79,12 @@ class ModelShard:
         for row in range(self.plan.shape.num_rows):
             keys = self._row_keys(row)
             if keys:
-                self._shares[row] = self._share(row, _Roles(keys, packed, self.config))
+                share = self._share(row, _Roles(keys, packed, self.config))
+                self._shares[row] = share
+                window = self.cache.window
+                native = native_kernels.prepare(share, self.config, window, self._kv_dtype)
+                if native is not None:
+                    self._native[row] = native
             post_norm = self._post_norm_key(row)
             if post_norm is not None:
                 roles = _Roles({"norm": post_norm}, packed, self.config)
@@ -91,6 +101,12 @@ class ModelShard:
 
     def part(self, row: int, x: Tensor, batch: Batch) -> Tensor:
         """This device's partial sum of an attention or mlp row."""
+        if batch.kind == "generated":
+            native = self._native.get(row)
+            if isinstance(native, NativeAttention):
+                return native_kernels.attention_part(x, native, batch, self.cache)
+            if isinstance(native, NativeMlp):
+                return native_kernels.mlp_part(x, native)
         share = self._shares[row]
         if isinstance(share, AttentionShare):
             return attention_part(x, share, batch, self.cache, self.config)
@@ -110,6 +126,9 @@ class ModelShard:
 
     def logits(self, x_NW: Tensor) -> Tensor:
         """Raw logits [N, rows] of this device's vocabulary rows."""
+        native = self._native.get(self.plan.shape.head_row)
+        if isinstance(native, NativeHead):
+            return native_kernels.head_part(x_NW, native)
         share = self._shares[self.plan.shape.head_row]
         assert isinstance(share, HeadShare)
         return head_part(x_NW, share, self.config)

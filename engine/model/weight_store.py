@@ -22,6 +22,8 @@ from engine.kernels.matrices import (
     Int8Matrix,
     Matrix,
 )
+from engine.kernels.native_library import native_library
+from engine.kernels.native_matrices import repack
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey
 from engine.model.weight_formats import GroupedDtype, takes_over, weight_format
@@ -102,7 +104,8 @@ class WeightStore:
         rows = sum(self.stored_shape(part)[0] for part in key.slices)
         columns = self.stored_shape(key.slices[0])[1]
         if format == "int8" or format == "int4":
-            return self._grouped(key, format, rows, columns, wides, raw).to(self._device)
+            matrix = self._grouped(key, format, rows, columns, wides, raw)
+            return repack(matrix.to(self._device), native_library())
         dtype = torch.float32 if format == "float32" else torch.bfloat16
         values = torch.empty(rows, columns, dtype=dtype)
         start = 0
@@ -111,7 +114,9 @@ class WeightStore:
                 values[start : start + len(piece)] = piece
                 start += len(piece)
         values = values.to(self._device)
-        return Float32Matrix(values) if format == "float32" else BFloat16Matrix(values)
+        if format == "float32":
+            return Float32Matrix(values)
+        return repack(BFloat16Matrix(values), native_library())
 
     def _grouped(
         self,

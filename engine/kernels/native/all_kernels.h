@@ -1,0 +1,20 @@
+// All kernels of an instruction set `Isa`, as a table; included by kernels_<isa>.cpp only.
+
+#ifndef SHARDMIX_ALL_KERNELS_H
+#define SHARDMIX_ALL_KERNELS_H
+
+#include "attention_kernels.h"
+#include "element_kernels.h"
+#include "product_kernels.h"
+
+namespace shardmix {
+
+template <class Isa>
+static constexpr KernelTable table_of() {
+    return {multiply<Isa>, dequantize,   rms_norm<Isa>, quantize<Isa>,
+            gate<Isa>,     softcap<Isa>, attend<Isa>,   read_all<Isa>};
+}
+
+}  // namespace shardmix
+
+#endif

@@ -1,0 +1,152 @@
+// Attention of the query heads that share a KV head over a run of cached positions, for any `Isa`.
+
+#ifndef SHARDMIX_ATTENTION_KERNELS_H
+#define SHARDMIX_ATTENTION_KERNELS_H
+
+#include "element_kernels.h"
+#include "short_floats.h"
+
+namespace shardmix {
+
+// Cached values of each dtype, as a vector and one by one.
+template <class Isa>
+struct CachedFloat32 {
+    using Value = float;
+    static inline typename Isa::Floats load(const float *from) { return Isa::load(from); }
+    static inline float load_one(const float *from) { return *from; }
+};
+
+template <class Isa>
+struct CachedFloat16 {
+    using Value = uint16_t;
+    static inline typename Isa::Floats load(const uint16_t *from) { return Isa::load_float16(from); }
+    static inline float load_one(const uint16_t *from) { return from_float16(*from); }
+};
+
+template <class Isa>
+struct CachedBFloat16 {
+    using Value = uint16_t;
+    static inline typename Isa::Floats load(const uint16_t *from) { return Isa::load_bfloat16(from); }
+    static inline float load_one(const uint16_t *from) { return from_bfloat16(*from); }
+};
+
+// Where position p of a unit lies in its ring.
+static inline int64_t ring_index(const AttentionUnit &unit, int64_t start, int64_t p) {
+    int64_t index = start + p;
+    return index < unit.capacity ? index : index - unit.capacity;
+}
+
+// Scores of heads [head, head + HEADS) as scores[h][p].
+template <class Isa, class Cached, int HEADS>
+static inline void score(const AttentionUnit &unit, int64_t head, float (*scores)[kChunk]) {
+    int64_t width = unit.head_width, count = unit.end_position - unit.first_position;
+    int64_t start = unit.first_position % unit.capacity;
+    const float *queries = unit.queries + head * width;
+    for (int64_t p = 0; p < count; ++p) {
+        auto key = (const typename Cached::Value *)unit.keys + ring_index(unit, start, p) * width;
+        typename Isa::Floats totals[HEADS];
+        for (int h = 0; h < HEADS; ++h) totals[h] = Isa::splat(0.0f);
+        int64_t d = 0;
+        for (; d + Isa::kLanes <= width; d += Isa::kLanes) {
+            auto part = Cached::load(key + d);
+            for (int h = 0; h < HEADS; ++h)
+                totals[h] = Isa::multiply_add(part, Isa::load(queries + h * width + d), totals[h]);
+        }
+        for (int h = 0; h < HEADS; ++h) {
+            float total = Isa::sum(totals[h]);
+            for (int64_t tail = d; tail < width; ++tail)
+                total += Cached::load_one(key + tail) * queries[h * width + tail];
+            scores[h][p] = total;
+        }
+    }
+}
+
+// Turn `count` scores into exp(score - maximum).
+template <class Isa>
+static inline void weigh(float *scores, int64_t count, float &maximum, float &sum) {
+    // Padded with what weighs nothing, so that whole vectors do.
+    for (int64_t p = count; p % Isa::kLanes; ++p) scores[p] = -3.0e38f;
+    auto largest = Isa::load(scores);
+    for (int64_t p = Isa::kLanes; p < count; p += Isa::kLanes)
+        largest = Isa::maximum(largest, Isa::load(scores + p));
+    maximum = Isa::largest(largest);
+    auto shift = Isa::splat(-maximum), total = Isa::splat(0.0f);
+    for (int64_t p = 0; p < count; p += Isa::kLanes)
+        Isa::store(scores + p, exponential<Isa>(Isa::add(Isa::load(scores + p), shift)));
+    for (int64_t p = count; p % Isa::kLanes; ++p) scores[p] = 0.0f;
+    for (int64_t p = 0; p < count; p += Isa::kLanes) total = Isa::add(total, Isa::load(scores + p));
+    sum = Isa::sum(total);
+}
+
+// Values of all positions, weighed, for VECTORS vectors of columns from `d` on.
+template <class Isa, class Cached, int HEADS, int VECTORS>
+static inline void blend(const AttentionUnit &unit, int64_t head, int64_t d,
+                         float (*weights)[kChunk]) {
+    int64_t width = unit.head_width, count = unit.end_position - unit.first_position;
+    int64_t start = unit.first_position % unit.capacity;
+    typename Isa::Floats totals[HEADS][VECTORS];
+    for (int h = 0; h < HEADS; ++h)
+        for (int v = 0; v < VECTORS; ++v) totals[h][v] = Isa::splat(0.0f);
+    for (int64_t p = 0; p < count; ++p) {
+        auto value =
+            (const typename Cached::Value *)unit.values + ring_index(unit, start, p) * width + d;
+        for (int v = 0; v < VECTORS; ++v) {
+            auto part = Cached::load(value + v * Isa::kLanes);
+            for (int h = 0; h < HEADS; ++h)
+                totals[h][v] =
+                    Isa::multiply_add(part, Isa::splat(weights[h][p]), totals[h][v]);
+        }
+    }
+    for (int h = 0; h < HEADS; ++h)
+        for (int v = 0; v < VECTORS; ++v)
+            Isa::store(unit.outputs + (head + h) * width + d + v * Isa::kLanes, totals[h][v]);
+}
+
+template <class Isa, class Cached, int HEADS>
+static inline void attend_heads(const AttentionUnit &unit, int64_t head) {
+    float scores[HEADS][kChunk];
+    int64_t width = unit.head_width, count = unit.end_position - unit.first_position;
+    score<Isa, Cached, HEADS>(unit, head, scores);
+    for (int h = 0; h < HEADS; ++h)
+        weigh<Isa>(scores[h], count, unit.maxima[head + h], unit.sums[head + h]);
+    int64_t d = 0;
+    for (; d + 2 * Isa::kLanes <= width; d += 2 * Isa::kLanes)
+        blend<Isa, Cached, HEADS, 2>(unit, head, d, scores);
+    for (; d + Isa::kLanes <= width; d += Isa::kLanes)
+        blend<Isa, Cached, HEADS, 1>(unit, head, d, scores);
+    int64_t start = unit.first_position % unit.capacity;
+    for (; d < width; ++d) {
+        for (int h = 0; h < HEADS; ++h) {
+            float total = 0.0f;
+            for (int64_t p = 0; p < count; ++p) {
+                auto value = (const typename Cached::Value *)unit.values +
+                             ring_index(unit, start, p) * width + d;
+                total += Cached::load_one(value) * scores[h][p];
+            }
+            unit.outputs[(head + h) * width + d] = total;
+        }
+    }
+}
+
+template <class Isa, class Cached>
+static inline void attend_cached(const AttentionUnit &unit) {
+    int64_t head = 0;
+    for (; head + 4 <= unit.num_heads; head += 4) attend_heads<Isa, Cached, 4>(unit, head);
+    if (unit.num_heads - head == 3) attend_heads<Isa, Cached, 3>(unit, head);
+    if (unit.num_heads - head == 2) attend_heads<Isa, Cached, 2>(unit, head);
+    if (unit.num_heads - head == 1) attend_heads<Isa, Cached, 1>(unit, head);
+}
+
+template <class Isa>
+static void attend(const AttentionUnit &unit) {
+    if (unit.cache_dtype == SHARDMIX_FLOAT32)
+        attend_cached<Isa, CachedFloat32<Isa>>(unit);
+    else if (unit.cache_dtype == SHARDMIX_FLOAT16)
+        attend_cached<Isa, CachedFloat16<Isa>>(unit);
+    else
+        attend_cached<Isa, CachedBFloat16<Isa>>(unit);
+}
+
+}  // namespace shardmix
+
+#endif

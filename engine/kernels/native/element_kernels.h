@@ -1,0 +1,146 @@
+// What happens to one token's values between two products, for any instruction set `Isa`.
+
+#ifndef SHARDMIX_ELEMENT_KERNELS_H
+#define SHARDMIX_ELEMENT_KERNELS_H
+
+#include <string.h>
+
+#include "panels.h"
+
+namespace shardmix {
+
+// Below this a group counts as zero: its scale's inverse would overflow.
+constexpr float kSmallestMagnitude = 1e-30f;
+
+// e ** x within 2 ulp, for x up to 88; the polynomial is Cephes' expf.
+template <class Isa>
+static inline typename Isa::Floats exponential(typename Isa::Floats x) {
+    x = Isa::maximum(Isa::minimum(x, Isa::splat(88.0f)), Isa::splat(-87.0f));
+    auto power = Isa::round(Isa::multiply(x, Isa::splat(1.44269504f)));
+    // ln 2 in two parts: the first is short, so its product is exact.
+    x = Isa::multiply_add(power, Isa::splat(-0.693359375f), x);
+    x = Isa::multiply_add(power, Isa::splat(2.12194440e-4f), x);
+    auto p = Isa::splat(1.9875691500e-4f);
+    p = Isa::multiply_add(p, x, Isa::splat(1.3981999507e-3f));
+    p = Isa::multiply_add(p, x, Isa::splat(8.3334519073e-3f));
+    p = Isa::multiply_add(p, x, Isa::splat(4.1665795894e-2f));
+    p = Isa::multiply_add(p, x, Isa::splat(1.6666665459e-1f));
+    p = Isa::multiply_add(p, x, Isa::splat(5.0000001201e-1f));
+    p = Isa::multiply_add(Isa::multiply(p, x), x, Isa::add(x, Isa::splat(1.0f)));
+    return Isa::times_power_of_two(p, power);
+}
+
+// 1 / (1 + e ** -x)
+template <class Isa>
+static inline typename Isa::Floats sigmoid(typename Isa::Floats x) {
+    auto one = Isa::splat(1.0f);
+    return Isa::divide(one, Isa::add(one, exponential<Isa>(Isa::multiply(x, Isa::splat(-1.0f)))));
+}
+
+// Apply `change(first, second)` to whole vectors, the last one padded with zeros.
+template <class Isa, class Change>
+static inline void change_all(const float *first, const float *second, int64_t count, float *out,
+                              Change change) {
+    int64_t i = 0;
+    for (; i + Isa::kLanes <= count; i += Isa::kLanes)
+        Isa::store(out + i, change(Isa::load(first + i), Isa::load(second + i)));
+    if (i == count) return;
+    float padded[2][Isa::kLanes] = {};
+    memcpy(padded[0], first + i, (size_t)(count - i) * sizeof(float));
+    memcpy(padded[1], second + i, (size_t)(count - i) * sizeof(float));
+    Isa::store(padded[0], change(Isa::load(padded[0]), Isa::load(padded[1])));
+    memcpy(out + i, padded[0], (size_t)(count - i) * sizeof(float));
+}
+
+template <class Isa>
+static void rms_norm(const float *x, const float *weight, float epsilon, int64_t width, float *out) {
+    auto squares = Isa::splat(0.0f);
+    int64_t i = 0;
+    for (; i + Isa::kLanes <= width; i += Isa::kLanes) {
+        auto values = Isa::load(x + i);
+        squares = Isa::multiply_add(values, values, squares);
+    }
+    float total = Isa::sum(squares);
+    for (; i < width; ++i) total += x[i] * x[i];
+    auto scale = Isa::splat(1.0f / __builtin_sqrtf(total / (float)width + epsilon));
+    if (weight)
+        change_all<Isa>(x, weight, width, out, [scale](auto value, auto factor) {
+            return Isa::multiply(Isa::multiply(value, scale), factor);
+        });
+    else
+        change_all<Isa>(x, x, width, out,
+                        [scale](auto value, auto) { return Isa::multiply(value, scale); });
+}
+
+template <class Isa>
+static void quantize(const float *x, int64_t block, int64_t first_group, int64_t end_group,
+                     const QuantizedToken &token) {
+    int64_t per_block = groups_of_block(block);
+    for (int64_t g = first_group; g < end_group; ++g) {
+        int64_t offset = g % per_block * kGroup, left = block - offset;
+        const float *values = x + g / per_block * block + offset;
+        float padded[kGroup] = {};
+        if (left < kGroup) {
+            memcpy(padded, values, (size_t)left * sizeof(float));
+            values = padded;
+        }
+        auto largest = Isa::splat(0.0f);
+        for (int64_t i = 0; i < kGroup; i += Isa::kLanes)
+            largest = Isa::maximum(largest, Isa::magnitude(Isa::load(values + i)));
+        float magnitude = Isa::largest(largest);
+        bool is_zero = !(magnitude >= kSmallestMagnitude);
+        auto inverse = Isa::splat(is_zero ? 0.0f : 127.0f / magnitude);
+        int8_t *quants = token.quants + g * token.stride * kGroup;
+        for (int64_t i = 0; i < kGroup; i += Isa::kLanes)
+            Isa::store_rounded(quants + i, Isa::multiply(Isa::load(values + i), inverse));
+        int32_t sum = 0;
+        for (int64_t i = 0; i < kGroup; ++i) sum += quants[i];
+        float scale = is_zero ? 0.0f : magnitude / 127.0f;
+        token.scales[g * token.stride] = scale;
+        token.scaled_sums[g * token.stride] = scale * (float)sum;
+        token.sums[g * token.stride] = sum;
+    }
+}
+
+template <class Isa>
+static void gate(const float *gate, const float *up, int64_t count, int64_t activation, float *out) {
+    if (activation == SHARDMIX_SILU) {
+        change_all<Isa>(gate, up, count, out, [](auto x, auto factor) {
+            return Isa::multiply(Isa::multiply(x, sigmoid<Isa>(x)), factor);
+        });
+        return;
+    }
+    // 0.5 (1 + tanh u) is sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
+    change_all<Isa>(gate, up, count, out, [](auto x, auto factor) {
+        auto cubic = Isa::multiply_add(Isa::multiply(x, x), Isa::splat(0.044715f), Isa::splat(1.0f));
+        auto doubled = Isa::multiply(Isa::multiply(x, cubic), Isa::splat(1.5957691216f));
+        return Isa::multiply(Isa::multiply(x, sigmoid<Isa>(doubled)), factor);
+    });
+}
+
+template <class Isa>
+static void softcap(float *values, int64_t count, float cap) {
+    auto factor = Isa::splat(2.0f / cap), limit = Isa::splat(cap);
+    // tanh y is 2 sigmoid(2 y) - 1.
+    change_all<Isa>(values, values, count, values, [factor, limit](auto x, auto) {
+        auto doubled = Isa::multiply(sigmoid<Isa>(Isa::multiply(x, factor)), Isa::splat(2.0f));
+        return Isa::multiply(Isa::add(doubled, Isa::splat(-1.0f)), limit);
+    });
+}
+
+template <class Isa>
+static uint32_t read_all(const void *memory, int64_t num_bytes) {
+    const uint32_t *words = (const uint32_t *)memory;
+    uint32_t totals[16] = {};
+    for (int64_t i = 0; i < num_bytes / 4; i += 16) {
+        Isa::prefetch((const char *)(words + i) + 2048, 64);
+        for (int64_t j = 0; j < 16; ++j) totals[j] += words[i + j];
+    }
+    uint32_t total = 0;
+    for (uint32_t part : totals) total += part;
+    return total;
+}
+
+}  // namespace shardmix
+
+#endif

@@ -1,0 +1,104 @@
+// AVX-512 with VNNI: one instruction multiplies and adds 64 pairs of bytes.
+
+#include "kernel_table.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#include "all_kernels.h"
+
+namespace shardmix {
+namespace {
+
+struct Avx512Vnni {
+    static constexpr int64_t kLanes = 16;
+    static constexpr int kTokens = 8;
+    using Floats = __m512;
+    using Ints = __m512i;
+
+    static inline Floats splat(float x) { return _mm512_set1_ps(x); }
+    static inline Floats load(const float *from) { return _mm512_loadu_ps(from); }
+    static inline void store(float *to, Floats x) { _mm512_storeu_ps(to, x); }
+    static inline Floats load_float16(const uint16_t *from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+    }
+    static inline Floats load_bfloat16(const uint16_t *from) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+    static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+        return _mm512_fmadd_ps(a, b, c);
+    }
+    static inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+    static inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+    static inline Floats round(Floats x) { return _mm512_roundscale_ps(x, 8); }
+    static inline Floats times_power_of_two(Floats x, Floats power) {
+        return _mm512_scalef_ps(x, power);
+    }
+    static inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+    static inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+    static inline void store_rounded(int8_t *to, Floats x) {
+        _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    }
+    static inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+    static inline void prefetch(const char *from, size_t num_bytes) {
+        for (size_t i = 0; i < num_bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+    }
+
+    static inline __m512i four_columns(const int8_t *from) {
+        int32_t word;
+        memcpy(&word, from, sizeof word);
+        return _mm512_set1_epi32(word);
+    }
+
+    template <int TOKENS>
+    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
+        const __m512i low = _mm512_set1_epi8(15);
+        for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_setzero_si512();
+        for (int k = 0; k < 4; ++k) {
+            __m512i pairs = _mm512_loadu_si512(rows + k * 64);
+            __m512i first = _mm512_and_si512(pairs, low);
+            __m512i second = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low);
+            for (int t = 0; t < TOKENS; ++t) {
+                const int8_t *values = x + t * kGroup + 4 * k;
+                dots[t] = _mm512_dpbusd_epi32(dots[t], first, four_columns(values));
+                dots[t] = _mm512_dpbusd_epi32(dots[t], second, four_columns(values + 16));
+            }
+        }
+    }
+
+    template <int TOKENS>
+    static inline void dot_bytes(const int8_t *rows, const int8_t *x, const int32_t *sums,
+                                 Ints (&dots)[TOKENS]) {
+        // One factor must be unsigned: weights plus 128, less 128 times the sum of the values.
+        const __m512i flip = _mm512_set1_epi8((char)0x80);
+        for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_set1_epi32(-128 * sums[t]);
+        for (int k = 0; k < 8; ++k) {
+            __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(rows + k * 64), flip);
+            for (int t = 0; t < TOKENS; ++t)
+                dots[t] =
+                    _mm512_dpbusd_epi32(dots[t], weights, four_columns(x + t * kGroup + 4 * k));
+        }
+    }
+};
+
+constexpr KernelTable kTable = table_of<Avx512Vnni>();
+
+}  // namespace
+
+const KernelTable *const kAvx512VnniTable = &kTable;
+
+}  // namespace shardmix
+
+#else
+
+namespace shardmix {
+const KernelTable *const kAvx512VnniTable = nullptr;
+}
+
+#endif

@@ -1,0 +1,53 @@
+// How packed weights lie in memory: 16 rows interleaved, groups one after another, so that a
+// product reads one unbroken stream.
+//
+// A panel is 16 rows; the last one is padded with zeros. Per group of 32 columns it has
+//   int4:     4 x 64 bytes: word [k][row] has columns 4k..4k+3 in its low nibbles and 16+4k.. in its
+//             high ones; then 16 float16 scales and 16 float16 minimums
+//   int8:     8 x 64 bytes: word [k][row] has columns 4k..4k+3; then 16 float16 scales
+//   bfloat16: per column (not group) 16 values
+// Four columns a 32-bit word is what the integer dot products of all instruction sets take.
+
+#ifndef SHARDMIX_PANELS_H
+#define SHARDMIX_PANELS_H
+
+#include <stdint.h>
+
+#include "kernel_table.h"
+
+namespace shardmix {
+
+struct Int4Group {
+    uint8_t quants[4][kPanelRows][4];
+    uint16_t scales[kPanelRows];
+    uint16_t minimums[kPanelRows];
+};
+
+struct Int8Group {
+    int8_t quants[8][kPanelRows][4];
+    uint16_t scales[kPanelRows];
+};
+
+struct BFloat16Column {
+    uint16_t values[kPanelRows];
+};
+
+static_assert(sizeof(Int4Group) == 320, "a stream without gaps");
+static_assert(sizeof(Int8Group) == 544, "a stream without gaps");
+
+static inline int64_t num_panels(const shardmix_matrix &matrix) {
+    return (matrix.num_rows + kPanelRows - 1) / kPanelRows;
+}
+
+static inline int64_t panel_bytes(const shardmix_matrix &matrix) {
+    if (matrix.format == SHARDMIX_INT4) return matrix.num_groups * (int64_t)sizeof(Int4Group);
+    if (matrix.format == SHARDMIX_INT8) return matrix.num_groups * (int64_t)sizeof(Int8Group);
+    return matrix.num_columns * (int64_t)sizeof(BFloat16Column);
+}
+
+// Groups of a block of columns.
+static inline int64_t groups_of_block(int64_t block) { return (block + kGroup - 1) / kGroup; }
+
+}  // namespace shardmix
+
+#endif

@@ -1,0 +1,250 @@
+// Products of packed matrices, for any instruction set `Isa`; included by kernels_<isa>.cpp only.
+//
+// The arithmetic of one output is the same whatever tile it is computed in: a token's result must
+// depend neither on its company nor on the number of threads.
+
+#ifndef SHARDMIX_PRODUCT_KERNELS_H
+#define SHARDMIX_PRODUCT_KERNELS_H
+
+#include <string.h>
+
+#include "panels.h"
+#include "short_floats.h"
+
+namespace shardmix {
+
+// Groups that are fetched ahead: a core's own prefetcher stops at the border of a page.
+constexpr int64_t kGroupsAhead = 8;
+
+template <class Isa, int TOKENS, int VECTORS>
+struct Tile {
+    typename Isa::Floats totals[TOKENS][VECTORS];
+
+    void clear() {
+        for (int t = 0; t < TOKENS; ++t)
+            for (int v = 0; v < VECTORS; ++v) totals[t][v] = Isa::splat(0.0f);
+    }
+
+    // Rows first_row.. of the matrix, of which the last panel may lack some.
+    void store(float *out, int64_t num_rows, int64_t first_token, int64_t first_row) const {
+        for (int t = 0; t < TOKENS; ++t) {
+            float *row = out + (first_token + t) * num_rows;
+            for (int v = 0; v < VECTORS; ++v) {
+                int64_t start = first_row + v * Isa::kLanes, left = num_rows - start;
+                if (left >= Isa::kLanes) {
+                    Isa::store(row + start, totals[t][v]);
+                } else if (left > 0) {
+                    float lanes[Isa::kLanes];
+                    Isa::store(lanes, totals[t][v]);
+                    memcpy(row + start, lanes, (size_t)left * sizeof(float));
+                }
+            }
+        }
+    }
+};
+
+template <class Isa>
+struct Int4Product {
+    template <int TOKENS, int VECTORS>
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
+                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+        const Int4Group *groups = (const Int4Group *)panel;
+        int64_t num_groups = matrix.num_groups;
+        for (int64_t g = 0; g < num_groups; ++g) {
+            const Int4Group &group = groups[g];
+            Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int4Group));
+            int64_t at = g * x.num_tokens + token;
+            const int8_t *quants = x.quants + at * kGroup;
+            const float *scales_T = x.scales + at;
+            const float *sums_T = x.scaled_sums + at;
+            for (int v = 0; v < VECTORS; ++v) {
+                int64_t row = lane + v * Isa::kLanes;
+                typename Isa::Ints dots[TOKENS];
+                Isa::template dot_nibbles<TOKENS>(group.quants[0][row], quants, dots);
+                auto scales = Isa::load_float16(group.scales + row);
+                auto minimums = Isa::load_float16(group.minimums + row);
+                for (int t = 0; t < TOKENS; ++t) {
+                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
+                    auto total = tile.totals[t][v];
+                    total = Isa::multiply_add(scale, Isa::to_floats(dots[t]), total);
+                    total = Isa::multiply_add(minimums, Isa::splat(sums_T[t]), total);
+                    tile.totals[t][v] = total;
+                }
+            }
+        }
+    }
+};
+
+template <class Isa>
+struct Int8Product {
+    template <int TOKENS, int VECTORS>
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
+                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+        const Int8Group *groups = (const Int8Group *)panel;
+        int64_t num_groups = matrix.num_groups;
+        for (int64_t g = 0; g < num_groups; ++g) {
+            const Int8Group &group = groups[g];
+            Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int8Group));
+            int64_t at = g * x.num_tokens + token;
+            const int8_t *quants = x.quants + at * kGroup;
+            const float *scales_T = x.scales + at;
+            const int32_t *sums_T = x.sums + at;
+            for (int v = 0; v < VECTORS; ++v) {
+                int64_t row = lane + v * Isa::kLanes;
+                typename Isa::Ints dots[TOKENS];
+                Isa::template dot_bytes<TOKENS>(group.quants[0][row], quants, sums_T, dots);
+                auto scales = Isa::load_float16(group.scales + row);
+                for (int t = 0; t < TOKENS; ++t) {
+                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
+                    tile.totals[t][v] =
+                        Isa::multiply_add(scale, Isa::to_floats(dots[t]), tile.totals[t][v]);
+                }
+            }
+        }
+    }
+};
+
+template <class Isa>
+struct BFloat16Product {
+    // Sums of every second column: one chain of additions would wait for itself.
+    static constexpr int kChains = 2;
+
+    template <int TOKENS, int VECTORS>
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
+                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+        const BFloat16Column *columns = (const BFloat16Column *)panel;
+        int64_t num_columns = matrix.num_columns;
+        const float *values = x.values + token * num_columns;
+        Tile<Isa, TOKENS, VECTORS> chains[kChains];
+        for (int chain = 0; chain < kChains; ++chain) chains[chain].clear();
+        int64_t whole = num_columns / kChains * kChains;
+        for (int64_t k = 0; k < whole; k += kChains) {
+            Isa::prefetch((const char *)(columns + k + 64), kChains * sizeof(BFloat16Column));
+            for (int chain = 0; chain < kChains; ++chain)
+                add_column(columns[k + chain], values + k + chain, num_columns, lane, chains[chain]);
+        }
+        for (int64_t k = whole; k < num_columns; ++k)
+            add_column(columns[k], values + k, num_columns, lane, chains[k - whole]);
+        for (int t = 0; t < TOKENS; ++t)
+            for (int v = 0; v < VECTORS; ++v)
+                tile.totals[t][v] = Isa::add(chains[0].totals[t][v], chains[1].totals[t][v]);
+    }
+
+    template <int TOKENS, int VECTORS>
+    static inline void add_column(const BFloat16Column &column, const float *values, int64_t stride,
+                                  int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+        for (int v = 0; v < VECTORS; ++v) {
+            auto weights = Isa::load_bfloat16(column.values + lane + v * Isa::kLanes);
+            for (int t = 0; t < TOKENS; ++t)
+                tile.totals[t][v] = Isa::multiply_add(weights, Isa::splat(values[t * stride]),
+                                                      tile.totals[t][v]);
+        }
+    }
+};
+
+template <class Isa, class Product, int TOKENS, int VECTORS>
+static inline void multiply_tile(const shardmix_matrix &matrix, const char *panel,
+                                 const Activations &x, int64_t token, int64_t first_row, float *out) {
+    for (int64_t lane = 0; lane < kPanelRows; lane += VECTORS * Isa::kLanes) {
+        Tile<Isa, TOKENS, VECTORS> tile;
+        tile.clear();
+        Product::template add<TOKENS, VECTORS>(matrix, panel, x, token, lane, tile);
+        tile.store(out, matrix.num_rows, token, first_row + lane);
+    }
+}
+
+// A panel stays in the cache while all tokens pass over it. `TOKENS` at a time fill the registers;
+// one alone takes the panel's whole width, so that memory is read in order.
+template <class Isa, class Product, int TOKENS>
+static void multiply_panels(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
+                            int64_t end_panel, float *out) {
+    constexpr int kWhole = kPanelRows / Isa::kLanes;
+    for (int64_t p = first_panel; p < end_panel; ++p) {
+        const char *panel = (const char *)matrix.panels + p * panel_bytes(matrix);
+        int64_t token = 0, row = p * kPanelRows;
+        for (; token + TOKENS <= x.num_tokens; token += TOKENS)
+            multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, x, token, row, out);
+        for (; TOKENS > 2 && token + 2 <= x.num_tokens; token += 2)
+            multiply_tile<Isa, Product, 2, 1>(matrix, panel, x, token, row, out);
+        for (; token < x.num_tokens; ++token)
+            multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, x, token, row, out);
+    }
+}
+
+template <class Isa>
+static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
+                     int64_t end_panel, float *out) {
+    if (matrix.format == SHARDMIX_INT4)
+        multiply_panels<Isa, Int4Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+    else if (matrix.format == SHARDMIX_INT8)
+        multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+    else
+        multiply_panels<Isa, BFloat16Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+}
+
+static inline void write_float(float *out, float value) { *out = value; }
+static inline void write_float(uint16_t *out, float value) { *out = to_bfloat16(value); }
+
+// One group of a panel as [16, 32]; exact but for one rounding of the minimum's addition.
+static inline void dequantize_group(const shardmix_matrix &matrix, const char *panel, int64_t g,
+                                    float values[kPanelRows][kGroup]) {
+    if (matrix.format == SHARDMIX_INT4) {
+        const Int4Group &group = ((const Int4Group *)panel)[g];
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            float scale = from_float16(group.scales[row]);
+            float minimum = from_float16(group.minimums[row]);
+            for (int64_t j = 0; j < 16; ++j) {
+                uint8_t pair = group.quants[j / 4][row][j % 4];
+                values[row][j] = scale * (float)(pair & 15) + minimum;
+                values[row][j + 16] = scale * (float)(pair >> 4) + minimum;
+            }
+        }
+    } else {
+        const Int8Group &group = ((const Int8Group *)panel)[g];
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            float scale = from_float16(group.scales[row]);
+            for (int64_t j = 0; j < kGroup; ++j)
+                values[row][j] = scale * (float)group.quants[j / 4][row][j % 4];
+        }
+    }
+}
+
+template <class T>
+static void dequantize_rows(const shardmix_matrix &matrix, int64_t first_row, int64_t end_row,
+                            T *out) {
+    int64_t columns = matrix.num_columns, per_block = groups_of_block(matrix.block);
+    for (int64_t start = first_row; start < end_row; start += kPanelRows) {
+        const char *panel = (const char *)matrix.panels + start / kPanelRows * panel_bytes(matrix);
+        int64_t rows = end_row - start < kPanelRows ? end_row - start : kPanelRows;
+        T *target = out + (start - first_row) * columns;
+        if (matrix.format == SHARDMIX_BFLOAT16) {
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t k = 0; k < columns; ++k)
+                    write_float(target + row * columns + k,
+                                from_bfloat16(((const BFloat16Column *)panel)[k].values[row]));
+            continue;
+        }
+        for (int64_t g = 0; g < matrix.num_groups; ++g) {
+            float values[kPanelRows][kGroup];
+            dequantize_group(matrix, panel, g, values);
+            int64_t offset = g % per_block * kGroup, left = matrix.block - offset;
+            int64_t count = left < kGroup ? left : kGroup;
+            T *corner = target + g / per_block * matrix.block + offset;
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t j = 0; j < count; ++j)
+                    write_float(corner + row * columns + j, values[row][j]);
+        }
+    }
+}
+
+static void dequantize(const shardmix_matrix &matrix, int64_t first_row, int64_t end_row,
+                       bool is_bfloat16, void *out) {
+    if (is_bfloat16)
+        dequantize_rows(matrix, first_row, end_row, (uint16_t *)out);
+    else
+        dequantize_rows(matrix, first_row, end_row, (float *)out);
+}
+
+}  // namespace shardmix
+
+#endif

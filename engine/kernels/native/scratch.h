@@ -1,0 +1,110 @@
+// Memory between the phases of a call: grows, and is kept for the next call of the same thread.
+
+#ifndef SHARDMIX_SCRATCH_H
+#define SHARDMIX_SCRATCH_H
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "panels.h"
+
+namespace shardmix {
+
+template <class T>
+class Buffer {
+   public:
+    Buffer() = default;
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+    ~Buffer() { std::free(data_); }
+
+    // At least `count` values, of which nothing is known. Throws std::bad_alloc.
+    T *reserve(int64_t count) {
+        if (count > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = (T *)std::malloc((size_t)count * sizeof(T));
+            if (!data_) throw std::bad_alloc();
+            size_ = count;
+        }
+        return data_;
+    }
+    T *data() const { return data_; }
+
+   private:
+    T *data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Tokens that are made ready for a matrix.
+class PreparedTokens {
+   public:
+    // Throws std::bad_alloc.
+    void reserve(const shardmix_matrix &matrix, int64_t num_tokens) {
+        matrix_ = &matrix;
+        num_tokens_ = num_tokens;
+        values_.reserve(num_tokens * matrix.num_columns);
+        int64_t groups = num_tokens * matrix.num_groups;
+        quants_.reserve(groups * kGroup);
+        scales_.reserve(groups);
+        scaled_sums_.reserve(groups);
+        sums_.reserve(groups);
+    }
+
+    // Where a token's values are put before `prepare`.
+    float *values(int64_t token) const { return values_.data() + token * matrix_->num_columns; }
+
+    // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
+    void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
+        if (matrix_->format == SHARDMIX_BFLOAT16) return;
+        QuantizedToken target{quants_.data() + token * kGroup, scales_.data() + token,
+                              scaled_sums_.data() + token, sums_.data() + token, num_tokens_};
+        kernels().quantize(values(token), matrix_->block, first_group, end_group, target);
+    }
+    void prepare(int64_t token) const { prepare(token, 0, matrix_->num_groups); }
+
+    Activations view() const {
+        return {values_.data(),      quants_.data(), scales_.data(),
+                scaled_sums_.data(), sums_.data(),   num_tokens_};
+    }
+
+   private:
+    const shardmix_matrix *matrix_ = nullptr;
+    int64_t num_tokens_ = 0;
+    Buffer<float> values_;
+    Buffer<int8_t> quants_;
+    Buffer<float> scales_;
+    Buffer<float> scaled_sums_;
+    Buffer<int32_t> sums_;
+};
+
+// Panels that a thread takes at a time: few enough that all end together.
+static inline int64_t panels_at_a_time(const shardmix_matrix &matrix, int64_t num_threads) {
+    int64_t share = num_panels(matrix) / (num_threads * 8);
+    return share < 1 ? 1 : share;
+}
+
+// Run a lambda on every thread of a team.
+template <class Team, class Work>
+static void run_on(Team &team, Work &work) {
+    team.run([](void *context) { (*(Work *)context)(); }, &work);
+}
+
+// What a C function answers: nothing may be thrown over that border.
+template <class Work>
+static int64_t status_of(Work work) {
+    try {
+        work();
+        return SHARDMIX_OK;
+    } catch (const std::bad_alloc &) {
+        return SHARDMIX_OUT_OF_MEMORY;
+    }
+}
+
+bool is_valid(const shardmix_matrix *matrix);
+
+}  // namespace shardmix
+
+#endif

@@ -1,0 +1,140 @@
+// The C interface of the native kernels, as `engine/kernels/native_library.py` mirrors it.
+//
+// In: pointers to contiguous memory of the caller, whose sizes the caller has checked. Out: float32
+// results in the caller's memory. Nothing here knows Python or Torch, keeps a pointer after a call,
+// or throws: functions return a `shardmix_status`.
+//
+// Letters: T new tokens, N rows, K columns, G groups of 32 columns, H query heads, D head width.
+
+#ifndef SHARDMIX_NATIVE_H
+#define SHARDMIX_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SHARDMIX_EXPORT __declspec(dllexport)
+#else
+#define SHARDMIX_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum shardmix_status {
+    SHARDMIX_OK = 0,
+    SHARDMIX_BAD_ARGUMENT = 1,
+    SHARDMIX_OUT_OF_MEMORY = 2,
+};
+
+enum shardmix_format { SHARDMIX_INT4 = 0, SHARDMIX_INT8 = 1, SHARDMIX_BFLOAT16 = 2 };
+enum shardmix_float { SHARDMIX_FLOAT32 = 0, SHARDMIX_FLOAT16 = 1, SHARDMIX_BF16 = 2 };
+enum shardmix_activation { SHARDMIX_SILU = 0, SHARDMIX_GELU_TANH = 1 };
+enum shardmix_rope_layout { SHARDMIX_NO_ROPE = 0, SHARDMIX_HALF = 1, SHARDMIX_ADJACENT = 2 };
+
+// Every field is 8 bytes wide, so that no compiler pads and no mirror can be off by an alignment.
+
+// A packed matrix; `block` columns are padded together to whole groups of 32.
+typedef struct {
+    int64_t format;
+    int64_t num_rows;
+    int64_t num_columns;
+    int64_t block;
+    int64_t num_groups;
+    const void *panels;
+} shardmix_matrix;
+
+// A device's heads of one layer.
+typedef struct {
+    const shardmix_matrix *qkv;
+    const shardmix_matrix *output;
+    const float *norm;
+    const float *qkv_bias;       // null: none
+    const float *output_bias;    // null: none
+    const float *q_norm;         // float32 [D]; null: heads are not normalised with a weight
+    const float *k_norm;
+    const int64_t *first_heads;  // [num_kv_heads + 1]: KV head k serves heads [first[k], first[k + 1])
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_width;
+    int64_t rope_layout;
+    int64_t has_l2_norm;         // normalise rotated heads without a weight
+    int64_t reach;               // positions that a query sees, its own included
+    int64_t chunk;               // and only in the same chunk of so many positions; 0: no chunks
+    int64_t cache_dtype;
+    double norm_epsilon;
+    double scale;                // factor of q . k
+} shardmix_attention_share;
+
+// New tokens of one slot, and the ring that its keys and values [num_kv_heads, capacity, D] are in.
+typedef struct {
+    void *keys;
+    void *values;
+    int64_t capacity;
+    int64_t first_position;
+    int64_t num_tokens;
+} shardmix_segment;
+
+typedef struct {
+    const shardmix_matrix *gate_up;  // the gate's rows, then as many of up
+    const shardmix_matrix *down;
+    const float *norm;               // null: the input is normalised already
+    int64_t activation;
+    double norm_epsilon;
+} shardmix_mlp_share;
+
+typedef struct {
+    const shardmix_matrix *matrix;
+    const float *norm;
+    double norm_epsilon;
+    double softcap;  // 0: none
+} shardmix_head_share;
+
+// Hash of the sources that this library was built from.
+SHARDMIX_EXPORT const char *shardmix_source_hash(void);
+
+// Instruction sets, best first: name of the n-th, null past the last; whether this machine runs it.
+SHARDMIX_EXPORT const char *shardmix_instruction_set(int64_t index);
+SHARDMIX_EXPORT int64_t shardmix_can_run(int64_t index);
+// Use the n-th from now on; the best that can run until then.
+SHARDMIX_EXPORT int64_t shardmix_select(int64_t index);
+SHARDMIX_EXPORT int64_t shardmix_selected(void);
+
+// Compute with so many threads, the caller included. Returns how many there are.
+SHARDMIX_EXPORT int64_t shardmix_set_num_threads(int64_t num_threads);
+
+// Bytes that a packed matrix takes.
+SHARDMIX_EXPORT int64_t shardmix_packed_bytes(const shardmix_matrix *matrix);
+// Interleave rows. `quants`: uint8 [N, G, 16], int8 [N, G, 32], or bfloat16 [N, K].
+// `scales`, `minimums`: float16 [N, G]; null where the format has none.
+SHARDMIX_EXPORT int64_t shardmix_pack(const shardmix_matrix *matrix, const void *quants,
+                                      const uint16_t *scales, const uint16_t *minimums,
+                                      void *panels);
+// Rows [first_row, end_row) as [rows, K]; first_row is a multiple of 16.
+SHARDMIX_EXPORT int64_t shardmix_dequantize(const shardmix_matrix *matrix, int64_t first_row,
+                                            int64_t end_row, int64_t is_bfloat16, void *out);
+// out [T, N] = x [T, K] @ W.T
+SHARDMIX_EXPORT int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x,
+                                          int64_t num_tokens, float *out);
+
+// `x`, `out`: float32 [T, width]. `cos`, `sin`: [T, D / 2], null without RoPE. `query_scale`: [T]
+// or null. The segments' tokens follow each other in `x`; their keys and values are written.
+SHARDMIX_EXPORT int64_t shardmix_attention_part(const shardmix_attention_share *share,
+                                                const shardmix_segment *segments,
+                                                int64_t num_segments, const float *x,
+                                                int64_t num_tokens, const float *cos,
+                                                const float *sin, const float *query_scale,
+                                                float *out);
+SHARDMIX_EXPORT int64_t shardmix_mlp_part(const shardmix_mlp_share *share, const float *x,
+                                          int64_t num_tokens, float *out);
+SHARDMIX_EXPORT int64_t shardmix_head_part(const shardmix_head_share *share, const float *x,
+                                           int64_t num_tokens, float *out);
+
+// Bytes per second at which all threads together read memory once; 0 where there is none left.
+SHARDMIX_EXPORT double shardmix_measure_read_bandwidth(int64_t num_bytes, int64_t num_passes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

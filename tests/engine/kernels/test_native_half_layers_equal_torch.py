@@ -1,0 +1,195 @@
+"""The native half-layers compute what the torch ones do, over every kind of layer and cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.kernels import native_kernels, torch_kernels
+from engine.kernels.native_kernels import NativeAttention, NativeHead, NativeMlp
+from engine.kernels.native_library import NativeLibrary
+from engine.model.config import CacheDtype, Layer, ModelConfig
+from engine.model.kv_cache import KVCache
+from tests.engine.kernels.half_layers import (
+    CPU,
+    Case,
+    attention_case,
+    config_of,
+    configs,
+    head_case,
+    mlp_case,
+    random_stream,
+)
+from tests.engine.kernels.native_arithmetic import FORMATS
+
+# With bfloat16 weights both compute in float32: only the order of additions differs, and exp.
+EXACT_TOLERANCE = 2e-5
+# Both round activations to int8, but a difference of 1e-7 may send one of them to another step, and
+# then it is off by a 127th of its group's largest.
+ROUNDED_TOLERANCE = 0.02
+# A key may round to the neighbour of what the other's rounds to.
+CACHE_TOLERANCES: dict[CacheDtype, float] = {
+    "float32": EXACT_TOLERANCE,
+    "float16": 2e-3,
+    "bfloat16": 1.6e-2,
+}
+WINDOW = 50
+Step = tuple[tuple[int, int, int], ...]
+# Slots, first positions and counts: ragged, some tokens of a slot at once, slots that come and go.
+STEPS: tuple[Step, ...] = (
+    ((0, 0, 3), (5, 0, 1)),
+    ((5, 1, 4), (0, 3, 2), (2, 0, 7)),
+    ((0, 5, 1), (2, 7, 1), (5, 5, 1)),
+    ((2, 8, 70),),
+    ((0, 6, 1), (2, 78, 2)),
+)
+shared = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    scale = max(1.0, expected.abs().max().item())
+    difference = (found - expected).abs()
+    at = int(difference.argmax())
+    assert difference.max() <= tolerance * scale, f"{difference.max()} of {scale} at {at}"
+
+
+def use(library: NativeLibrary, data: st.DataObject) -> None:
+    usable = [name for name, runs in library.instruction_sets.items() if runs]
+    library.use(data.draw(st.sampled_from(usable)))
+    library.set_num_threads(data.draw(st.integers(1, 3)))
+
+
+def assert_attention_agrees(
+    library: NativeLibrary, case: Case, steps: tuple[Step, ...], kv: CacheDtype, window: int
+) -> None:
+    config, exact = case.config, case.exact()
+    native = native_kernels.prepare(case.native(library), config, window, kv)
+    assert isinstance(native, NativeAttention)
+    caches = [KVCache(config, {0: exact.num_kv_heads}, window, kv, CPU) for _ in range(2)]
+    rounded = 0.0 if case.format == "bfloat16" else ROUNDED_TOLERANCE
+    for number, step in enumerate(steps):
+        batch = case.batch(*step)
+        for cache in caches:
+            for slot, first, count in step:
+                cache.extend(slot, first, count)
+        x = random_stream(config, sum(count for _, _, count in step), number)
+        expected = torch_kernels.attention_part(x, exact, batch, caches[0], config)
+        found = native_kernels.attention_part(x, native, batch, caches[1])
+        assert_near(found, expected, max(CACHE_TOLERANCES[kv], rounded))
+
+
+@shared
+@given(
+    config=configs(),
+    format=st.sampled_from(FORMATS),
+    heads=st.sampled_from([(0, 6), (2, 5), (1, 2), (0, 4)]),
+    kv=st.sampled_from(["float32", "float16", "bfloat16"]),
+    data=st.data(),
+)
+def test_attention_agrees_over_every_kind_of_layer(
+    library: NativeLibrary,
+    config: ModelConfig,
+    format: str,
+    heads: tuple[int, int],
+    kv: CacheDtype,
+    data: st.DataObject,
+) -> None:
+    use(library, data)
+    assert_attention_agrees(library, attention_case(config, format, heads), STEPS, kv, WINDOW)
+
+
+@pytest.mark.parametrize("span", [0, 30, 400])
+def test_attention_agrees_in_a_ring_that_has_wrapped(library: NativeLibrary, span: int) -> None:
+    """Many chunks of positions, some of them across the ring's end."""
+    layer = Layer(mlp_width=43, reach="sliding" if span else "full", span=span)
+    case = attention_case(config_of(layers=(layer,)), "bfloat16")
+    steps: list[Step] = [((0, first, 700),) for first in range(0, 3500, 700)]
+    steps += [((0, 3500 + n, 1), (1, n, 1)) for n in range(3)]
+    assert_attention_agrees(library, case, tuple(steps), "float32", 600)
+
+
+def test_attention_agrees_after_a_slot_was_cut_back(library: NativeLibrary) -> None:
+    """What was written past the cut must not be seen."""
+    config = config_of()
+    case = attention_case(config, "bfloat16")
+    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
+    assert isinstance(native, NativeAttention)
+    cache, whole = (KVCache(config, {0: 2}, WINDOW, "float32", CPU) for _ in range(2))
+    x = random_stream(config, 9, 1)
+    for first, count, tokens in ((0, 9, x), (4, 5, x[4:].contiguous())):
+        cache.truncate(0, first)
+        cache.extend(0, first, count)
+        found = native_kernels.attention_part(tokens, native, case.batch((0, first, count)), cache)
+    whole.extend(0, 0, 9)
+    again = native_kernels.attention_part(x, native, case.batch((0, 0, 9)), whole)
+    assert torch.equal(found, again[4:])
+
+
+@shared
+@given(
+    config=configs(),
+    format=st.sampled_from(FORMATS),
+    columns=st.sampled_from([1, 32, 43, 75, 300]),
+    tokens=st.integers(1, 9),
+    data=st.data(),
+)
+def test_mlp_agrees_over_every_width(
+    library: NativeLibrary,
+    config: ModelConfig,
+    format: str,
+    columns: int,
+    tokens: int,
+    data: st.DataObject,
+) -> None:
+    use(library, data)
+    case = mlp_case(config, format, columns)
+    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
+    assert isinstance(native, NativeMlp)
+    x = random_stream(config, tokens, columns)
+    expected = torch_kernels.mlp_part(x, case.exact(), "generated", config)
+    tolerance = EXACT_TOLERANCE if format == "bfloat16" else ROUNDED_TOLERANCE
+    assert_near(native_kernels.mlp_part(x, native), expected, tolerance)
+
+
+@shared
+@given(
+    config=configs(),
+    format=st.sampled_from(FORMATS),
+    rows=st.sampled_from([1, 16, 99]),
+    tokens=st.integers(1, 9),
+    data=st.data(),
+)
+def test_the_head_agrees(
+    library: NativeLibrary,
+    config: ModelConfig,
+    format: str,
+    rows: int,
+    tokens: int,
+    data: st.DataObject,
+) -> None:
+    use(library, data)
+    case = head_case(config, format, rows)
+    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
+    assert isinstance(native, NativeHead)
+    x = random_stream(config, tokens, rows)
+    expected = torch_kernels.head_part(x, case.exact(), config)
+    tolerance = EXACT_TOLERANCE if format == "bfloat16" else ROUNDED_TOLERANCE
+    assert_near(native_kernels.head_part(x, native), expected, tolerance)
+
+
+def test_activations_of_any_size_stay_finite(library: NativeLibrary) -> None:
+    """exp of a large gate, and of a large score, must not overflow."""
+    config: Any = config_of()
+    mlp, attention = mlp_case(config, "bfloat16", 43), attention_case(config, "bfloat16")
+    for case in (mlp, attention):
+        case.share.norm.mul_(3000.0)
+    x = random_stream(config, 4, 0)
+    native = native_kernels.prepare(mlp.native(library), config, WINDOW, "float32")
+    assert isinstance(native, NativeMlp)
+    expected = torch_kernels.mlp_part(x, mlp.exact(), "generated", config)
+    assert_near(native_kernels.mlp_part(x, native), expected, EXACT_TOLERANCE)
+    assert_attention_agrees(library, attention, STEPS[:2], "float32", WINDOW)

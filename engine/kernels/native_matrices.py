@@ -26,7 +26,6 @@ from engine.kernels.native_library import (
     BFLOAT16,
     INT4,
     INT8,
-    FormatCode,
     MatrixStruct,
     NativeLibrary,
     check_status,
@@ -48,7 +47,7 @@ class NativeMatrix:
     def __init__(
         self,
         library: NativeLibrary,
-        format_code: FormatCode,
+        format_code: int,
         shape: tuple[int, int],
         block: int,
         quants: Tensor,
@@ -58,6 +57,7 @@ class NativeMatrix:
         """Pack.
 
         Args:
+            format_code: INT4, INT8 or BFLOAT16.
             shape: N and K.
             block: columns that are padded together to whole groups of 32.
             quants: uint8 [N, G, 16], int8 [N, G, 32], or bfloat16 [N, K]; G is groups of a row.
@@ -175,16 +175,16 @@ def check_tensor(
     """
     if tensor is None:
         raise ProtocolError(f"{name} are missing, {dtype} {list(shape)} is needed. Pass them")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
-        raise ProtocolError(
-            f"{name} are {tensor.dtype} {list(tensor.shape)} on {tensor.device}, native kernels "
-            f"take {dtype} {list(shape)} on the CPU. Convert them"
-        )
-    return tensor
+    if tensor.dtype == dtype and tensor.shape == shape and tensor.is_cpu:
+        return tensor
+    raise ProtocolError(
+        f"{name} are {tensor.dtype} {list(tensor.shape)} on {tensor.device}, native kernels take "
+        f"{dtype} {list(shape)} on the CPU. Convert them"
+    )
 
 
 def _quants_of(
-    format_code: FormatCode, rows: int, columns: int, groups: int
+    format_code: int, rows: int, columns: int, groups: int
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     if format_code == INT4:
         return torch.uint8, (rows, groups, 16)

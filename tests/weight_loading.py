@@ -26,7 +26,7 @@ from engine.cluster.security import new_key_pair
 from engine.cluster.slice_cache import SliceCache
 from engine.cluster.transport import new_local_endpoint
 from engine.cluster.weight_transfer import WeightServer
-from engine.model.batch import Segment
+from engine.model.batch import ComputeDtype, Segment
 from engine.model.shard import ModelShard
 from engine.model.weight_store import WeightStore, fetch_weights
 from engine.plan.plan import Plan, PlanShape
@@ -130,6 +130,7 @@ class RunnerProcesses:
         checkpoint_id: str = "",
         read: Source | None = None,
         hashes_path: Path | None = None,
+        dtype: ComputeDtype = "float32",
     ) -> Mapping[str, m.Loaded]:
         """Put a plan in force.
 
@@ -137,13 +138,14 @@ class RunnerProcesses:
             checkpoint_id: runners keep packed weights between loads that have the same.
             read: serves slices instead of the checkpoint.
             hashes_path: where content hashes are kept.
+            dtype: to compute in.
         """
         self._epoch += 1
         request = LoadRequest(
             epoch=self._epoch,
             config=checkpoint.config,
             plan=plan,
-            dtype="float32",
+            dtype=dtype,
             kv_window=64,
             kv_dtype="float32",
             kept_positions=0,

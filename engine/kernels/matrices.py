@@ -7,6 +7,7 @@ It knows nothing of layers. N rows (outputs), K columns (inputs), T tokens, G gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
@@ -19,8 +20,12 @@ from torch.nn.functional import linear
 from engine.model.batch import GROUP_COLUMNS as GROUP
 from engine.model.batch import StepKind
 
-# Values of a quantised matrix that are dequantised at a time: a scratch buffer that stays in cache.
-SCRATCH_ELEMENTS = 1 << 19
+# Values that are widened at a time: few enough to stay in a cache, enough for an efficient product.
+SCRATCH_ELEMENTS = 1 << 20
+# Generated tokens at a time from which bfloat16 weights are widened, where a CPU has no units for
+# them: torch's products of few rows read them as they are, those of many are slow. Both constants
+# were measured with benchmarks/products.py.
+WIDEN_FROM_TOKENS = 8
 
 
 @cache
@@ -82,9 +87,19 @@ class BFloat16Matrix:
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
         """x @ W.T; prompts in float32 where this machine has no bfloat16 units."""
-        if kind == "prompt" and not has_bfloat16_units(x_TK.device.type):
-            return linear(x_TK, self.values.float())
-        return linear(x_TK.to(torch.bfloat16), self.values).float()
+        rounded = x_TK.to(torch.bfloat16)
+        if has_bfloat16_units(x_TK.device.type):
+            return linear(rounded, self.values).float()
+        if kind == "prompt":
+            return _multiply_in_pieces(x_TK, self.values.shape, self._widened)
+        if len(x_TK) < WIDEN_FROM_TOKENS:
+            return linear(rounded, self.values).float()
+        # Products of two bfloat16 are exact in float32, so only the order of additions differs.
+        output = _multiply_in_pieces(rounded.float(), self.values.shape, self._widened)
+        return output.to(torch.bfloat16).float()
+
+    def _widened(self, start: int, end: int) -> Tensor:
+        return self.values[start:end].float()
 
 
 class GroupedMatrix(ABC):
@@ -138,17 +153,8 @@ class GroupedMatrix(ABC):
         return values.reshape(end - start, self.num_columns)
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
-        """x @ W.T, dequantising a few rows at a time."""
-        is_bfloat16 = kind == "generated" or has_bfloat16_units(x_TK.device.type)
-        dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-        rows, groups = self.scales.shape
-        step = max(1, SCRATCH_ELEMENTS // (groups * GROUP))
-        x = x_TK.to(dtype)
-        output = x_TK.new_empty(x_TK.shape[0], rows)
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            output[:, start:end] = linear(x, self.dequantize(start, end).to(dtype))
-        return output
+        """x @ W.T; of either kind in float32 where this machine has no bfloat16 units."""
+        return _multiply_in_pieces(x_TK, (len(self.scales), self.num_columns), self.dequantize)
 
 
 class Int8Matrix(GroupedMatrix):
@@ -313,6 +319,26 @@ class Int4Matrix(GroupedMatrix):
         numbers *= self.scales[start:end, :, None].float()
         numbers += self.minimums[start:end, :, None].float()
         return numbers
+
+
+def _multiply_in_pieces(
+    x_TK: Tensor, shape: tuple[int, ...], values: Callable[[int, int], Tensor]
+) -> Tensor:
+    """x @ W.T of a matrix whose rows are made when they are needed, a few at a time.
+
+    Args:
+        shape: [N, K].
+        values: rows [start, end) as float32.
+    """
+    dtype = torch.bfloat16 if has_bfloat16_units(x_TK.device.type) else torch.float32
+    rows, columns = shape
+    step = max(1, SCRATCH_ELEMENTS // columns)
+    x = x_TK.to(dtype)
+    output = x_TK.new_empty(x_TK.shape[0], rows)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        output[:, start:end] = linear(x, values(start, end).to(dtype))
+    return output
 
 
 def padded_columns(block: int) -> int:

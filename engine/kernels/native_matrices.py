@@ -40,6 +40,7 @@ class NativeMatrix:
 
     Attributes:
         library: whose kernels read it.
+        format_code: INT4, INT8 or BFLOAT16.
         struct: what C functions take, as a pointer; valid as long as this object lives.
         shape: rows and columns.
     """
@@ -80,6 +81,7 @@ class NativeMatrix:
             expected["minimums"] = (minimums, torch.float16, (rows, groups))
         held = [check_tensor(name, *what).contiguous() for name, what in expected.items()]
         self.library = library
+        self.format_code = format_code
         self.shape = shape
         struct = MatrixStruct(format_code, rows, columns, block, groups, None)
         self._panels = torch.empty(library.packed_bytes(byref(struct)), dtype=torch.uint8)

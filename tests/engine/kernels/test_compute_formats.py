@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels.matrices import Int4Matrix, Int8Matrix, Matrix
+from engine.kernels.matrices import (
+    WIDEN_FROM_TOKENS,
+    BFloat16Matrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+)
 from engine.model.batch import StepKind
 from engine.plan.plan import PlanShape
 from engine.plan.presets import even, single
@@ -74,6 +80,22 @@ def assert_multiplies(
     # bfloat16 rounds activations and weights to 8 bits each.
     allowed = x.abs() @ (bound + values.abs() * 2**-7).T + exact.abs() * 2**-7 + 1e-5
     assert ((matrix.multiply(x, kind) - exact).abs() <= allowed).all()
+
+
+def test_many_generated_tokens_have_the_bits_of_each_alone() -> None:
+    """bfloat16 weights are widened for many tokens at a time, where there are no units for them.
+
+    Small whole numbers, so that no order of additions rounds.
+    """
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randint(-8, 9, (70, 48), generator=generator) / 8
+    x = torch.randint(-8, 9, (2 * WIDEN_FROM_TOKENS, 48), generator=generator) / 4
+    matrix = BFloat16Matrix(values)
+    together = matrix.multiply(x, "generated")
+    alone = torch.cat([matrix.multiply(row[None], "generated") for row in x])
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    rounded = (x @ values.T).to(torch.bfloat16).float()
+    torch.testing.assert_close(together, rounded, rtol=0, atol=0)
 
 
 def test_a_group_of_equal_weights_is_kept() -> None:

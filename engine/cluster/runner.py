@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 import threading
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from engine.cluster.torch_group import Rendezvous
 from engine.cluster.transport import Channel, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost, one_line
 from engine.kernels.matrices import Matrix
+from engine.kernels.threads import set_num_threads
 from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
 from engine.model.share_keys import WeightKey
@@ -289,7 +289,7 @@ class Runner:
                 f"{self.device} was not started for transport torch: whether its network is "
                 "trusted was not asked. Start its runner for that transport"
             )
-        torch.set_num_threads(min(load.num_threads, os.cpu_count() or 1))
+        set_num_threads(load.num_threads)
         self._epoch = load.epoch
         self._shard = self._loaded = None
         self._gatekeeper.allow("exchange", *(peer.public_key for peer in load.peers))

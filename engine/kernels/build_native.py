@@ -35,8 +35,10 @@ FLAGS = (
 )
 # Checks of what arithmetic on pointers and integers can get wrong; all of them take minutes to compile.
 _CHECKS = "address,bounds,shift,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow"
-SANITIZER_FLAGS = ("-O1", "-fno-omit-frame-pointer", f"-fsanitize={_CHECKS}")
-SANITIZER_FLAGS += ("-fno-sanitize-recover=all",)
+SANITIZER_FLAGS = (
+    *("-O1", "-fno-omit-frame-pointer"),
+    *(f"-fsanitize={_CHECKS}", "-fno-sanitize-recover=all"),
+)
 # Only these files may use what not every machine has: they are called after a look at the machine.
 X86_FLAGS = {
     "kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),

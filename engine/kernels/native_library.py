@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engine.errors import ConfigError, EngineError
 from engine.kernels.build_native import LIBRARY_NAME, source_hash
@@ -24,8 +24,8 @@ KERNELS_VARIABLE = "SHARDMIX_KERNELS"
 TORCH = "torch"
 PATH = Path(__file__).resolve().parent / LIBRARY_NAME
 
+# Formats of a packed matrix.
 INT4, INT8, BFLOAT16 = range(3)
-FormatCode = Literal[0, 1, 2]
 
 
 class MatrixStruct(Structure):

@@ -26,7 +26,6 @@ from engine.kernels.native_library import (
     BFLOAT16,
     INT4,
     INT8,
-    FormatCode,
     MatrixStruct,
     NativeLibrary,
     check_status,
@@ -41,6 +40,7 @@ class NativeMatrix:
 
     Attributes:
         library: whose kernels read it.
+        format_code: INT4, INT8 or BFLOAT16.
         struct: what C functions take, as a pointer; valid as long as this object lives.
         shape: rows and columns.
     """
@@ -48,7 +48,7 @@ class NativeMatrix:
     def __init__(
         self,
         library: NativeLibrary,
-        format_code: FormatCode,
+        format_code: int,
         shape: tuple[int, int],
         block: int,
         quants: Tensor,
@@ -58,6 +58,7 @@ class NativeMatrix:
         """Pack.
 
         Args:
+            format_code: INT4, INT8 or BFLOAT16.
             shape: N and K.
             block: columns that are padded together to whole groups of 32.
             quants: uint8 [N, G, 16], int8 [N, G, 32], or bfloat16 [N, K]; G is groups of a row.
@@ -80,6 +81,7 @@ class NativeMatrix:
             expected["minimums"] = (minimums, torch.float16, (rows, groups))
         held = [check_tensor(name, *what).contiguous() for name, what in expected.items()]
         self.library = library
+        self.format_code = format_code
         self.shape = shape
         struct = MatrixStruct(format_code, rows, columns, block, groups, None)
         self._panels = torch.empty(library.packed_bytes(byref(struct)), dtype=torch.uint8)
@@ -175,16 +177,16 @@ def check_tensor(
     """
     if tensor is None:
         raise ProtocolError(f"{name} are missing, {dtype} {list(shape)} is needed. Pass them")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
-        raise ProtocolError(
-            f"{name} are {tensor.dtype} {list(tensor.shape)} on {tensor.device}, native kernels "
-            f"take {dtype} {list(shape)} on the CPU. Convert them"
-        )
-    return tensor
+    if tensor.dtype == dtype and tensor.shape == shape and tensor.is_cpu:
+        return tensor
+    raise ProtocolError(
+        f"{name} are {tensor.dtype} {list(tensor.shape)} on {tensor.device}, native kernels take "
+        f"{dtype} {list(shape)} on the CPU. Convert them"
+    )
 
 
 def _quants_of(
-    format_code: FormatCode, rows: int, columns: int, groups: int
+    format_code: int, rows: int, columns: int, groups: int
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     if format_code == INT4:
         return torch.uint8, (rows, groups, 16)

@@ -96,7 +96,7 @@ class WeightStore:
         if key.is_plain:
             self.packed[key] = self._plain(key, wides, raw).to(self._device)
         else:
-            self.packed[key] = self._matrix(key, wides, raw)
+            self.packed[key] = repack(self._matrix(key, wides, raw), native_library())
 
     def _matrix(self, key: WeightKey, wides: list[SliceKey], raw: list[RawBytes]) -> Matrix:
         """Slices stacked along rows, in the weight's compute format, on the device."""
@@ -104,8 +104,7 @@ class WeightStore:
         rows = sum(self.stored_shape(part)[0] for part in key.slices)
         columns = self.stored_shape(key.slices[0])[1]
         if format == "int8" or format == "int4":
-            matrix = self._grouped(key, format, rows, columns, wides, raw)
-            return repack(matrix.to(self._device), native_library())
+            return self._grouped(key, format, rows, columns, wides, raw).to(self._device)
         dtype = torch.float32 if format == "float32" else torch.bfloat16
         values = torch.empty(rows, columns, dtype=dtype)
         start = 0
@@ -114,9 +113,7 @@ class WeightStore:
                 values[start : start + len(piece)] = piece
                 start += len(piece)
         values = values.to(self._device)
-        if format == "float32":
-            return Float32Matrix(values)
-        return repack(BFloat16Matrix(values), native_library())
+        return Float32Matrix(values) if format == "float32" else BFloat16Matrix(values)
 
     def _grouped(
         self,

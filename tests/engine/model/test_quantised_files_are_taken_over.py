@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.matrices import GroupedMatrix, Int4Matrix, Int8Matrix
+from engine.kernels.matrices import Int4Matrix, Int8Matrix
+from engine.kernels.native_library import INT4, INT8
+from engine.kernels.native_matrices import NativeMatrix
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey, row_keys
 from engine.model.weight_store import WeightStore, fetch_weights
@@ -32,6 +34,15 @@ def save(folder: Path, kind: str, **changes: int) -> Path:
     return save_tiny_gguf(oracle, folder / "tiny.gguf", kind=gguf.GGMLQuantizationType[kind])
 
 
+def grouped_values(matrix: object, is_int4: bool) -> Tensor:
+    """All values of a matrix in int4 or int8 groups, as packed for torch or for native kernels."""
+    if isinstance(matrix, NativeMatrix):
+        assert matrix.format_code == (INT4 if is_int4 else INT8)
+        return matrix.dequantize(0, matrix.shape[0])
+    assert isinstance(matrix, Int4Matrix if is_int4 else Int8Matrix)
+    return matrix.dequantize(0, len(matrix.scales))
+
+
 def pack(checkpoint: Checkpoint, plan: Plan, dtype: ComputeDtype) -> list[dict[WeightKey, Tensor]]:
     """Values of every matrix of every device."""
     found: list[dict[WeightKey, Tensor]] = []
@@ -46,10 +57,8 @@ def pack(checkpoint: Checkpoint, plan: Plan, dtype: ComputeDtype) -> list[dict[W
         fetch_weights(store, keys, lambda s: checkpoint.read_slice(s.name, s.axis, s.start, s.end))
         values: dict[WeightKey, Tensor] = {}
         for key, matrix in store.packed.items():
-            assert isinstance(matrix, GroupedMatrix)
             is_int4 = dtype == "int4" and checkpoint.tensors[key.slices[0].name].format != "Q8_0"
-            assert isinstance(matrix, Int4Matrix if is_int4 else Int8Matrix)
-            values[key] = matrix.dequantize(0, len(matrix.scales))
+            values[key] = grouped_values(matrix, is_int4)
         found.append(values)
     return found
 
@@ -99,8 +108,8 @@ def pack_outputs(checkpoint: Checkpoint, plan: Plan, dtype: ComputeDtype) -> lis
         store = WeightStore(checkpoint.tensors, dtype, torch.device("cpu"), {})
         fetch_weights(store, [key], lambda s: checkpoint.read_slice(s.name, s.axis, s.start, s.end))
         matrix = store.packed[key]
-        assert isinstance(matrix, GroupedMatrix)
-        found.append(matrix.dequantize(0, len(matrix.scales)))
+        is_int4 = dtype == "int4" and checkpoint.tensors[key.slices[0].name].format != "Q8_0"
+        found.append(grouped_values(matrix, is_int4))
     return found
 
 
@@ -137,12 +146,9 @@ def test_a_matrix_of_two_formats_keeps_the_wider_one(tmp_path: Path) -> None:
             return source.read_slice(part.name, part.axis, part.start, part.end)
 
         fetch_weights(store, [key], read)
-        matrix = store.packed[key]
-        assert isinstance(matrix, Int8Matrix)
-        num_values = value.end - value.start
-        first = len(matrix.scales) - num_values
-        found = matrix.dequantize(first, first + num_values).numpy()
+        values = grouped_values(store.packed[key], is_int4=False).numpy()
+        found = values[-(value.end - value.start) :]
         np.testing.assert_array_equal(found, by_gguf(wide_file, value))
         queries = by_gguf(narrow_file, key.slices[0])
         largest = np.abs(queries).max()
-        assert np.abs(matrix.dequantize(0, len(queries)).numpy() - queries).max() <= largest / 250
+        assert np.abs(values[: len(queries)] - queries).max() <= largest / 250

@@ -46,10 +46,16 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def write(name: str, machine: dict[str, Any], rows: dict[str, Any], lines: Sequence[str]) -> None:
-    """Keep a result as JSON and Markdown under `results/`, and print the Markdown."""
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"{name}-{machine['date']}"
+def write(
+    name: str,
+    machine: dict[str, Any],
+    rows: dict[str, Any],
+    lines: Sequence[str],
+    folder: Path = RESULTS,
+) -> None:
+    """Keep a result as JSON and Markdown in a folder, and print the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{name}-{machine['date']}"
     stem.with_suffix(".json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )

@@ -51,14 +51,9 @@ def write(
     machine: dict[str, Any],
     rows: dict[str, Any],
     lines: Sequence[str],
-    folder: Path = RESULTS,
+    folder: Path | None = RESULTS,
 ) -> None:
-    """Keep a result as JSON and Markdown in a folder, and print the Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{name}-{machine['date']}"
-    stem.with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    """Print a result as Markdown, and keep it there and as JSON in a folder; None keeps nothing."""
     sets = ", ".join(machine["instruction_sets"]) or "unknown instruction sets"
     head = [
         f"# {name}, {machine['date']}",
@@ -71,5 +66,11 @@ def write(
         "",
     ]
     text = "\n".join([*head, *lines]) + "\n"
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"{name}-{machine['date']}"
+        stem.with_suffix(".json").write_text(
+            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
+        stem.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

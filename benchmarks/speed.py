@@ -115,7 +115,7 @@ def arguments() -> argparse.Namespace:
         help="default, a shape of random weights (1b, 7b, tiny), or a path; may be repeated (default, 1b)",
     )
     parser.add_argument(
-        *("--dtype", "-d"),
+        "--dtype",
         action="append",
         default=[],
         choices=DTYPES,
@@ -125,10 +125,15 @@ def arguments() -> argparse.Namespace:
         "--llama-cpp", type=Path, help="folder with llama-bench, if not on the PATH"
     )
     parser.add_argument("--models-folder", type=Path, help="keep models of random weights here")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder where the result is kept (benchmarks/results; nowhere with --quick)",
+    )
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.model = options.model or (["default"] if options.quick else DEFAULT_MODELS)
+    options.out = options.out or (None if options.quick else machine.RESULTS)
     return options
 
 
@@ -158,7 +163,12 @@ def main() -> int:
         ),
         "",
     ]
-    rows: dict[str, Any] = {"kernels": kernels_in_use(), "models": {}}
+    rows: dict[str, Any] = {
+        "kernels": kernels_in_use(),
+        "prompt_tokens": sizes.prompt_tokens,
+        "context": sizes.contexts[0],
+        "models": {},
+    }
     for name, (kept, part) in found.items():
         rows["models"][name] = kept
         lines += part

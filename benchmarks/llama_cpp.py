@@ -125,6 +125,23 @@ def measure_llama_cpp(
     ]
 
 
+def check_llama_cpp(programs: LlamaCpp, model: Path, servers: Sequence[str]) -> None:
+    """Compute a few tokens, alone and with the servers.
+
+    Raises: ConfigError: as `measure_llama_cpp`.
+    """
+    for addresses in dict.fromkeys([(), tuple(servers)]):
+        measure_llama_cpp(
+            programs,
+            model,
+            num_threads=1,
+            prompt_tokens=8,
+            generated_tokens=2,
+            contexts=(8,),
+            servers=addresses,
+        )
+
+
 def _output(command: list[str]) -> str:
     try:
         done = subprocess.run(

@@ -81,9 +81,8 @@ def _panel(
     is_decode = key.startswith("decode")
     bars = {name: values[key] for name, values in found.items() if key in values}
     ceiling = 0.0
-    if is_decode:
-        memory = found[MEMORY]
-        ceiling = max(memory.values()) / found[MAIN][WEIGHT_BYTES]
+    if is_decode and WEIGHT_BYTES in found[MAIN]:  # of models with experts it is not known
+        ceiling = max(found[MEMORY].values()) / found[MAIN][WEIGHT_BYTES]
     longest = max([*bars.values(), ceiling])
     # A ceiling far away would leave no room for the bars.
     has_ceiling = 0 < ceiling <= 4 * max(bars.values())
@@ -117,7 +116,7 @@ def _panel(
             f'<line x1="{x:.1f}" y1="{top + TITLE_HEIGHT - 6:.1f}" x2="{x:.1f}" y2="{y:.1f}" '
             f'stroke="{CEILING}" stroke-width="1.5" stroke-dasharray="5 4"/>'
         )
-    if is_decode:
+    if ceiling:
         text = f"what the memory allows: {_number(ceiling)}"
         y += AXIS_HEIGHT
         parts.append(_text(left + LABEL_WIDTH, y, text, size=12, colour=CEILING))

@@ -38,7 +38,7 @@ def model_files(name: str, folder: Path) -> matrix.ModelFiles:
     """
     if name == "default":
         path = fetch_default_model(lambda _done, _total: None)
-        return matrix.ModelFiles("SmolLM2-135M-Instruct Q4_1", path, path)
+        return matrix.ModelFiles.of("SmolLM2-135M-Instruct Q4_1", path, path)
     if name in make_random_model.SHAPES:
         shape = make_random_model.SHAPES[name]
         path, other = folder / f"random-{name}-q4_0.gguf", folder / f"random-{name}"
@@ -47,14 +47,14 @@ def model_files(name: str, folder: Path) -> matrix.ModelFiles:
             make_random_model.write_gguf(path, shape, vocabulary, "q4_0", seed=0)
         if not (other / "model.safetensors").exists():
             make_random_model.write_folder(other, shape, vocabulary, seed=0)
-        return matrix.ModelFiles(f"random weights in the shape of {name}, Q4_0", path, other)
+        return matrix.ModelFiles.of(f"random weights in the shape of {name}, Q4_0", path, other)
     path = Path(name)
     if not path.exists():
         known = ", ".join(["default", *make_random_model.SHAPES])
         raise ConfigError(
             f"--model {name} is neither a file or folder here nor one of {known}. Name one of them"
         )
-    return matrix.ModelFiles(path.name, path, path)
+    return matrix.ModelFiles.of(path.name, path, path)
 
 
 def run_rounds(turns: Sequence[matrix.Turn], num_rounds: int) -> dict[str, list[matrix.Sample]]:

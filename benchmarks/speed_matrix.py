@@ -63,6 +63,7 @@ class Sizes:
         contexts: tokens before those that are generated; the first is the one compared with others.
         long_context: the same, for one configuration; 0 for none.
         tokens_each: of every conversation while all of them stream.
+        has_warm_start: whether the start is timed with the file in the system's cache, too.
     """
 
     prompt_tokens: int = 512
@@ -72,6 +73,7 @@ class Sizes:
     conversations: tuple[int, ...] = (1, 4, 16)
     tokens_each: int = 32
     num_workers: tuple[int, ...] = (2, 3)
+    has_warm_start: bool = True
 
 
 QUICK = Sizes(
@@ -82,16 +84,35 @@ QUICK = Sizes(
     conversations=(1, 4),
     tokens_each=8,
     num_workers=(2,),
+    has_warm_start=False,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """One model: as we and llama.cpp read it, and as transformers does."""
+    """One model: as we and llama.cpp read it, and as transformers does.
+
+    Attributes:
+        tensor_files: what is read when it is loaded.
+        embedding_bytes: in the file's format, as the engine host keeps them.
+    """
 
     title: str
     path: Path
     transformers_path: Path
+    tensor_files: tuple[Path, ...]
+    embedding_bytes: int
+
+    @classmethod
+    def of(cls, title: str, path: Path, transformers_path: Path) -> ModelFiles:
+        """Look into the files.
+
+        Raises: CheckpointError: they are no model.
+        """
+        with open_checkpoint(path) as checkpoint:
+            info = checkpoint.tensors["embedding"]
+            size = num_bytes(info.format, info.shape)
+            return cls(title, path, transformers_path, checkpoint.files, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +152,16 @@ def our_turns(files: ModelFiles, sizes: Sizes, dtypes: Sequence[api.DtypeChoice]
     """Our configurations; the main one is measured in more ways than the others."""
     model = str(files.path)
     turns = [
-        _our_turn(ONE_THREAD, SessionOptions(model=model, num_threads=1), sizes),
+        _our_turn(ONE_THREAD, SessionOptions(model=model, num_threads=1), files, sizes),
         _main_turn(files, sizes),
     ]
     names = {2: TWO_WORKERS, 3: THREE_WORKERS}
     for count in sizes.num_workers:
         options = SessionOptions(model=model, num_threads=1, num_workers=count)
-        turns.append(_our_turn(names[count], options, sizes))
+        turns.append(_our_turn(names[count], options, files, sizes))
     for dtype in dtypes:
         options = SessionOptions(model=model, num_threads=2, dtype=dtype)
-        turns.append(_our_turn(f"shardmix {dtype}, 2 threads", options, sizes))
+        turns.append(_our_turn(f"shardmix {dtype}, 2 threads", options, files, sizes))
     return turns
 
 
@@ -166,6 +187,8 @@ def neighbour_turns(
 
     turns = [Turn(TRANSFORMERS, measure_transformers)]
     if programs is not None:
+        # What cannot run here says so before minutes of measuring.
+        llama_cpp.check_llama_cpp(programs, files.path, servers)
         for name, count in ((LLAMA_ONE_THREAD, 1), (LLAMA, 2)):
             turns.append(Turn(name, _llama_measure(programs, files.path, sizes, count, ())))
         if servers:
@@ -179,11 +202,10 @@ def memory_turn() -> Turn:
     return Turn(MEMORY, lambda _round: {threads(n): read_bandwidth(n) for n in THREADS})
 
 
-def _our_turn(name: str, options: SessionOptions, sizes: Sizes) -> Turn:
+def _our_turn(name: str, options: SessionOptions, files: ModelFiles, sizes: Sizes) -> Turn:
     def measure(_round: int) -> Sample:
         with MemoryWatch() as watch, Session(options) as session:
-            sample = _measure_session(session, sizes, watch)
-        return sample
+            return _measure_session(session, files, sizes, watch)
 
     return Turn(name, measure)
 
@@ -192,16 +214,17 @@ def _main_turn(files: ModelFiles, sizes: Sizes) -> Turn:
     options = SessionOptions(model=str(files.path), num_threads=2)
 
     def measure(round_number: int) -> Sample:
-        sample = {COLD: seconds_to_first_token(files.path, options, is_cold=True)}
-        sample[WARM] = seconds_to_first_token(files.path, options, is_cold=False)
+        sample = {COLD: seconds_to_first_token(files, options, is_cold=True)}
+        if sizes.has_warm_start:
+            sample[WARM] = seconds_to_first_token(files, options, is_cold=False)
         with MemoryWatch() as watch, Session(options) as session:
-            sample |= _measure_session(session, sizes, watch)
+            sample |= _measure_session(session, files, sizes, watch)
             seconds = sizes.long_context / sample[prefill(sizes.prompt_tokens)]
             if sizes.long_context and (not round_number or seconds <= LONG_PROMPT_SECONDS):
                 finished = session.benchmark(sizes.long_context, sizes.generated_tokens)
                 sample[prefill(sizes.long_context)] = finished.prefill_tps
                 sample[decode(sizes.long_context)] = finished.decode_tps
-                _note_memory(session, finished, watch, sample)
+                _note_memory(session, files, finished, watch, sample)
             for count in sizes.conversations:
                 found = measure_conversations(session, count, tokens_each=sizes.tokens_each)
                 sample[conversations(count)] = found.total
@@ -211,7 +234,9 @@ def _main_turn(files: ModelFiles, sizes: Sizes) -> Turn:
     return Turn(MAIN, measure)
 
 
-def _measure_session(session: Session, sizes: Sizes, watch: MemoryWatch) -> Sample:
+def _measure_session(
+    session: Session, files: ModelFiles, sizes: Sizes, watch: MemoryWatch
+) -> Sample:
     """Prefill, decode at the contexts, memory."""
     watch.settle()
     session.benchmark(sizes.prompt_tokens, 8)  # Warm caches and thread pools.
@@ -220,21 +245,24 @@ def _measure_session(session: Session, sizes: Sizes, watch: MemoryWatch) -> Samp
         finished = session.benchmark(context, sizes.generated_tokens)
         sample[prefill(context)] = finished.prefill_tps
         sample[decode(context)] = finished.decode_tps
-        _note_memory(session, finished, watch, sample)
-    sample[WEIGHT_BYTES] = sum(need.weight_bytes for need in session.memory.values())
+        _note_memory(session, files, finished, watch, sample)
+    if session.model.config.experts is None:  # else a token reads but some of the weights
+        sample[WEIGHT_BYTES] = sum(need.weight_bytes for need in session.memory.values())
     return sample
 
 
 def _note_memory(
-    session: Session, finished: api.Finished, watch: MemoryWatch, sample: Sample
+    session: Session,
+    files: ModelFiles,
+    finished: api.Finished,
+    watch: MemoryWatch,
+    sample: Sample,
 ) -> None:
     """Peaks so far, and what they are above what they must be, of the largest runner."""
     sample[RUNNER_PEAK], sample[HOST_PEAK] = watch.peak("runner"), watch.peak("host")
     needs = [session.memory[d.device].weight_bytes + d.cache_bytes for d in finished.devices]
     sample[RUNNER_ABOVE] = sample[RUNNER_PEAK] - max(needs)
-    with open_checkpoint(Path(session.model.path)) as checkpoint:
-        info = checkpoint.tensors["embedding"]
-    sample[HOST_ABOVE] = sample[HOST_PEAK] - num_bytes(info.format, info.shape)
+    sample[HOST_ABOVE] = sample[HOST_PEAK] - files.embedding_bytes
 
 
 def _llama_measure(
@@ -272,7 +300,7 @@ def llama_servers(programs: llama_cpp.LlamaCpp | None) -> Iterator[list[str]]:
         yield addresses
 
 
-def seconds_to_first_token(path: Path, options: SessionOptions, *, is_cold: bool) -> float:
+def seconds_to_first_token(files: ModelFiles, options: SessionOptions, *, is_cold: bool) -> float:
     """From the start of the first process to the first token of a short prompt.
 
     Args:
@@ -280,11 +308,9 @@ def seconds_to_first_token(path: Path, options: SessionOptions, *, is_cold: bool
             driven out; else it is there.
     Raises: EngineError: no token came.
     """
-    with open_checkpoint(path) as checkpoint:
-        files = checkpoint.files
-    for file in files:
+    for file in files.tensor_files:
         _set_cached(file, is_cached=not is_cold)
-    arguments = [str(path), str(options.num_threads), options.dtype]
+    arguments = [str(files.path), str(options.num_threads), options.dtype]
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(FIRST_TOKEN), *arguments], stdout=subprocess.PIPE, text=True
@@ -301,7 +327,7 @@ def seconds_to_first_token(path: Path, options: SessionOptions, *, is_cold: bool
         deadline.cancel()
     if not line:
         raise EngineError(
-            f"{path} was to bring a first token within {FIRST_TOKEN_SECONDS:.0f} s and brought none "
+            f"{files.path} was to bring a first token within {FIRST_TOKEN_SECONDS:.0f} s and brought none "
             f"(exit code {process.returncode}). Run {FIRST_TOKEN.name} by itself to see why"
         )
     return seconds

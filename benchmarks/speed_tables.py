@@ -208,17 +208,22 @@ def other_rows(samples: Samples, sizes: Sizes) -> list[str]:
             f"| {count} | {total:.1f} | {total / count:.1f} | {found[slowest(count)]:.2f} |"
         )
     speeds = ", ".join(f"{value / 1e9:.1f} GB/s with {key}" for key, value in memory.items())
-    return [
-        *lines,
-        "",
+    sentences = [
         (
-            f"From the start of the first process to the first token: {found[names.COLD]:.2f} s, with "
-            f"the file in the system's cache {found[names.WARM]:.2f} s. Memory is read at {speeds}. "
-            f"A token reads {found[names.WEIGHT_BYTES] / 1e6:.1f} MB of weights. Private memory at its "
-            f"peak: runner {found[names.RUNNER_PEAK] / 1e6:.0f} MB, engine host "
+            "From the start of the first process to the first token: "
+            f"{found[names.COLD]:.2f} s, the model's file not in the system's cache."
+        ),
+        f"Memory is read at {speeds}.",
+        (
+            f"Private memory at its peak: runner {found[names.RUNNER_PEAK] / 1e6:.0f} MB, engine host "
             f"{found[names.HOST_PEAK] / 1e6:.0f} MB."
         ),
     ]
+    if names.WARM in found:
+        sentences.insert(1, f"With the file in it: {found[names.WARM]:.2f} s.")
+    if names.WEIGHT_BYTES in found:
+        sentences.append(f"A token reads {found[names.WEIGHT_BYTES] / 1e6:.1f} MB of weights.")
+    return [*lines, "", " ".join(sentences)]
 
 
 def _text(found: Sample, key: str) -> str:

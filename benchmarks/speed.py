@@ -155,7 +155,7 @@ def main() -> int:
     lines = [
         (
             f"Prompt of {sizes.prompt_tokens} tokens, {sizes.generated_tokens} generated; tokens per "
-            f"second, medians of {options.rounds} rounds in one run, ratios within a round. Our "
+            f"second, medians of {options.rounds} round(s) in one run, ratios within a round. Our "
             f"kernels: {kernels_in_use()}. llama.cpp: {neighbour}; its figures are without sampling. "
             "What is promised is promised for a machine of two cores with AMX. Private memory is the "
             "most anonymous memory seen at 20 looks a second (RssAnon; elsewhere than on Linux the "

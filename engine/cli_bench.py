@@ -81,7 +81,7 @@ def bench(
                 display.stop()
                 print(json.dumps(figures))
                 return
-            together = _together(session, finished.decode_tps)
+            together = _together(session, finished)
             display.stop()
             figures["runner_peak_bytes"] = watch.peak("runner")
             figures["host_peak_bytes"] = watch.peak("host")
@@ -121,12 +121,15 @@ def _figures(session: Session, finished: api.Finished, ready_seconds: float) -> 
     }
 
 
-def _together(session: Session, decode_tps: float) -> dict[int, ConversationSpeeds]:
+def _together(session: Session, alone: api.Finished) -> dict[int, ConversationSpeeds]:
     """Speeds of several conversations at once, as far as they are measured in bearable time."""
+    prompt_tokens = min(alone.prompt_tokens, WARM_UP_TOKENS[0])
     return {
-        count: measure_conversations(session, count, tokens_each=TOKENS_EACH)
+        count: measure_conversations(
+            session, count, prompt_tokens=prompt_tokens, tokens_each=TOKENS_EACH
+        )
         for count in CONVERSATIONS
-        if count * TOKENS_EACH <= decode_tps * LONGEST_SECONDS
+        if count * TOKENS_EACH <= alone.decode_tps * LONGEST_SECONDS
     }
 
 

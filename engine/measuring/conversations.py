@@ -88,6 +88,7 @@ def measure_conversations(
             now = time.perf_counter()
             message = None if event is None else event.message
             if isinstance(message, api.CallFailed) and message.request_id in arrivals:
+                del arrivals[message.request_id]  # There is nothing left to cancel of it.
                 raise error_by_name(message.error, message.message)
             if isinstance(message, api.TokensGenerated) and message.request_id in arrivals:
                 times = arrivals[message.request_id]

@@ -8,10 +8,9 @@ goes between two looks is not seen.
 
 from __future__ import annotations
 
-import re
+import mmap
 import sys
 import threading
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -22,17 +21,20 @@ Role = Literal["host", "worker", "runner"]
 LOOKS_PER_SECOND = 20
 # Looking for new processes reads the whole process table, so it is done less often.
 LOOKS_PER_SEARCH = 5
-_ANONYMOUS = re.compile(rb"RssAnon:\s+(\d+) kB")
+_PAGE_BYTES = mmap.PAGESIZE
 
 
 def private_bytes(pid: int) -> int:
     """What a process has in memory for itself alone, now; 0 where it is gone."""
     if sys.platform == "linux":
         try:
-            found = _ANONYMOUS.search(Path(f"/proc/{pid}/status").read_bytes())
-        except OSError:
+            # Resident pages less those that belong to files are RssAnon of /proc/PID/status, which
+            # takes six times as long to read.
+            with open(f"/proc/{pid}/statm", "rb") as file:
+                _size, resident, shared, *_rest = file.read().split()
+        except (OSError, ValueError):
             return 0
-        return int(found[1]) * 1024 if found else 0
+        return (int(resident) - int(shared)) * _PAGE_BYTES
     try:
         return int(psutil.Process(pid).memory_full_info().uss)
     except psutil.Error:

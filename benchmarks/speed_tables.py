@@ -179,7 +179,7 @@ def speed_rows(samples: Samples, sizes: Sizes) -> list[str]:
 def question_rows(kind: str, samples: Samples, sizes: Sizes, rows: dict[str, Any]) -> list[str]:
     """The table of promises; fills `rows` with what was found in every round.
 
-    Args: kind: name of the model, which decides about limits.
+    Args: kind: name of the model, which decides about limits; any other has none.
     """
     lines = ["| what | promised | found | lowest, highest |", "|---|---|---|---|"]
     for question in questions(sizes):

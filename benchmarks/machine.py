@@ -46,13 +46,14 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def write(name: str, machine: dict[str, Any], rows: dict[str, Any], lines: Sequence[str]) -> None:
-    """Keep a result as JSON and Markdown under `results/`, and print the Markdown."""
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"{name}-{machine['date']}"
-    stem.with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+def write(
+    name: str,
+    machine: dict[str, Any],
+    rows: dict[str, Any],
+    lines: Sequence[str],
+    folder: Path | None = RESULTS,
+) -> None:
+    """Print a result as Markdown, and keep it there and as JSON in a folder; None keeps nothing."""
     sets = ", ".join(machine["instruction_sets"]) or "unknown instruction sets"
     head = [
         f"# {name}, {machine['date']}",
@@ -65,5 +66,11 @@ def write(name: str, machine: dict[str, Any], rows: dict[str, Any], lines: Seque
         "",
     ]
     text = "\n".join([*head, *lines]) + "\n"
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"{name}-{machine['date']}"
+        stem.with_suffix(".json").write_text(
+            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
+        stem.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

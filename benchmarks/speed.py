@@ -1,126 +1,182 @@
-"""Prefill and decode speed of the default model, beside transformers, in one run.
+"""Prefill, decode, conversations, memory and waiting, beside transformers and llama.cpp, in one run.
 
-`python benchmarks/speed.py [--rounds 3]`: every configuration once per round, in turn, so that a
-machine that gets slower does so for all of them; figures are medians, ratios are medians of the
-ratios within a round. Whole product: engine host, worker, runner, sampling, streaming.
+`python benchmarks/speed.py [--quick] [--rounds 3] [--model default] [--model 1b] [--llama-cpp DIR]`:
+every configuration once per round, in turn, started afresh and alone while it is timed; the order
+turns round every other round, so that a machine that gets slower does so for all of them. Figures
+are medians, ratios are medians of the ratios within a round. Ours are of the whole product: engine
+host, worker, runner, sampling, streaming.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import machine
+import make_random_model
+import speed_matrix as matrix
+import speed_tables as tables
+from llama_cpp import LlamaCpp, find_llama_cpp
 
-from engine.session import Session, SessionOptions
+from engine.errors import ConfigError, EngineError
+from engine.host import messages as api
+from engine.kernels.available import kernels_in_use
 from engine.weights.models import fetch_default_model
 
-PROMPT_TOKENS = 512
-GENERATED_TOKENS = 64
-BASELINE = "transformers bfloat16, 2 threads"
-
-Measure = Callable[[], tuple[float, float]]
+DEFAULT_MODELS = ["default", "1b"]
+DTYPES = [name for name in get_args(api.DtypeChoice) if name != "auto"]
 
 
-def transformers_measure(path: Path, threads: int) -> Measure:
-    """Prefill and decode tok/s of transformers in bfloat16, in this process."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def model_files(name: str, folder: Path) -> matrix.ModelFiles:
+    """A model by its name, or by its path; those of random weights are written if they are not there.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
-    ).eval()
-    ids = torch.randint(3, 49000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(20))
-
-    def measure() -> tuple[float, float]:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            started = time.perf_counter()
-            output = model(ids, use_cache=True, logits_to_keep=1)
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-            first = time.perf_counter()
-            for _ in range(GENERATED_TOKENS - 1):
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                token = output.logits[:, -1].argmax(-1, keepdim=True)
-            last = time.perf_counter()
-        return PROMPT_TOKENS / (first - started), (GENERATED_TOKENS - 1) / (last - first)
-
-    return measure
+    Raises: ConfigError: it is neither.
+    """
+    if name == "default":
+        path = fetch_default_model(lambda _done, _total: None)
+        return matrix.ModelFiles.of("SmolLM2-135M-Instruct Q4_1", path, path)
+    if name in make_random_model.SHAPES:
+        shape = make_random_model.SHAPES[name]
+        path, other = folder / f"random-{name}-q4_0.gguf", folder / f"random-{name}"
+        vocabulary = make_random_model.read_vocabulary()
+        if not path.exists():
+            make_random_model.write_gguf(path, shape, vocabulary, "q4_0", seed=0)
+        if not (other / "model.safetensors").exists():
+            make_random_model.write_folder(other, shape, vocabulary, seed=0)
+        return matrix.ModelFiles.of(f"random weights in the shape of {name}, Q4_0", path, other)
+    path = Path(name)
+    if not path.exists():
+        known = ", ".join(["default", *make_random_model.SHAPES])
+        raise ConfigError(
+            f"--model {name} is neither a file or folder here nor one of {known}. Name one of them"
+        )
+    return matrix.ModelFiles.of(path.name, path, path)
 
 
-def our_measure(session: Session) -> Measure:
-    """Prefill and decode tok/s of a session."""
+def run_rounds(turns: Sequence[matrix.Turn], num_rounds: int) -> dict[str, list[matrix.Sample]]:
+    """Everything once per round."""
+    samples: dict[str, list[matrix.Sample]] = {turn.name: [] for turn in turns}
+    for number in range(num_rounds):
+        for turn in turns if number % 2 == 0 else reversed(turns):
+            print(f"round {number + 1}: {turn.name}", file=sys.stderr, flush=True)
+            samples[turn.name].append(turn.measure(number))
+    return samples
 
-    def measure() -> tuple[float, float]:
-        finished = session.benchmark(PROMPT_TOKENS, GENERATED_TOKENS)
-        return finished.prefill_tps, finished.decode_tps
 
-    return measure
-
-
-def main() -> None:
-    """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    rounds: int = parser.parse_args().rounds
-    about = machine.describe()
-    path = fetch_default_model(lambda _done, _total: None)
-    options = {
-        "shardmix auto, 1 thread": SessionOptions(num_threads=1),
-        "shardmix auto, 2 threads": SessionOptions(num_threads=2),
-        "shardmix float32, 2 threads": SessionOptions(num_threads=2, dtype="float32"),
-        "shardmix int8, 2 threads": SessionOptions(num_threads=2, dtype="int8"),
-        "shardmix auto, 2 workers of 1 core": SessionOptions(num_threads=1, num_workers=2),
+def measure_model(
+    name: str, options: argparse.Namespace, sizes: matrix.Sizes, programs: LlamaCpp | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What is kept of a model, and its part of the Markdown."""
+    with tempfile.TemporaryDirectory() as temporary:
+        files = model_files(name, options.models_folder or Path(temporary))
+        # llama.cpp reads GGUF files alone.
+        if files.path.suffix != ".gguf":
+            programs = None
+        with matrix.llama_servers(programs) as servers:
+            turns = [
+                matrix.memory_turn(),
+                *matrix.our_turns(files, sizes, options.dtype),
+                *matrix.neighbour_turns(files, sizes, programs, servers),
+            ]
+            samples = run_rounds(turns, options.rounds)
+    samples = tables.with_ceiling(samples, matrix.decode(sizes.contexts[0]))
+    asked: dict[str, Any] = {}
+    # The promises are about the whole sizes.
+    kind = "" if options.quick else name
+    lines = [
+        f"## {files.title}",
+        "",
+        *tables.speed_rows(samples, sizes),
+        "",
+        *tables.question_rows(kind, samples, sizes, asked),
+        "",
+        *tables.other_rows(samples, sizes),
+        "",
+    ]
+    rows = {
+        "title": files.title,
+        "median": {turn: tables.medians(rounds) for turn, rounds in samples.items()},
+        "samples": samples,
+        "promises": asked,
     }
-    samples: dict[str, list[tuple[float, float]]] = {}
-    with ExitStack() as stack:
-        measures: dict[str, Measure] = {BASELINE: transformers_measure(path, 2)}
-        for name, choice in options.items():
-            measures[name] = our_measure(stack.enter_context(Session(choice)))
-        for measure in measures.values():
-            measure()  # Warm caches and thread pools.
-        for _ in range(rounds):
-            for name, measure in measures.items():
-                samples.setdefault(name, []).append(measure())
-    rows: dict[str, Any] = {}
+    return rows, lines
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one round of small sizes")
+    parser.add_argument("--rounds", type=int, help="how often each is measured (3)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="default, a shape of random weights (1b, 7b, tiny), or a path; may be repeated (default, 1b)",
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        choices=DTYPES,
+        help="measure this compute format, too; may be repeated",
+    )
+    parser.add_argument(
+        "--llama-cpp", type=Path, help="folder with llama-bench, if not on the PATH"
+    )
+    parser.add_argument("--models-folder", type=Path, help="keep models of random weights here")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder where the result is kept (benchmarks/results; nowhere with --quick)",
+    )
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.model = options.model or (["default"] if options.quick else DEFAULT_MODELS)
+    options.out = options.out or (None if options.quick else machine.RESULTS)
+    return options
+
+
+def main() -> int:
+    """Measure and write the result; an error is one line."""
+    options = arguments()
+    about = machine.describe()
+    sizes = matrix.QUICK if options.quick else matrix.Sizes()
+    try:
+        programs = find_llama_cpp(options.llama_cpp)
+        found = {
+            name: measure_model(name, options, sizes, programs)
+            for name in dict.fromkeys(options.model)
+        }
+    except EngineError as error:
+        print(f"speed.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    neighbour = "not found, so not compared" if programs is None else str(programs.bench)
     lines = [
         (
-            f"SmolLM2-135M-Instruct Q4_1, prompt of {PROMPT_TOKENS} tokens, {GENERATED_TOKENS} "
-            f"generated; medians of {rounds} rounds in one run, ratios to transformers within a round."
+            f"Prompt of {sizes.prompt_tokens} tokens, {sizes.generated_tokens} generated; tokens per "
+            f"second, medians of {options.rounds} round(s) in one run, ratios within a round. Our "
+            f"kernels: {kernels_in_use()}. llama.cpp: {neighbour}; its figures are without sampling. "
+            "What is promised is promised for a machine of two cores with AMX. Private memory is the "
+            "most anonymous memory seen at 20 looks a second (RssAnon; elsewhere than on Linux the "
+            "unique set size)."
         ),
         "",
-        "| configuration | prefill tok/s | ratio | decode tok/s | ratio |",
-        "|---|---|---|---|---|",
     ]
-    base = samples[BASELINE]
-    for name, values in samples.items():
-        row = {
-            "prefill_tps": machine.median([v[0] for v in values]),
-            "decode_tps": machine.median([v[1] for v in values]),
-            "prefill_ratio": machine.median(
-                [v[0] / b[0] for v, b in zip(values, base, strict=True)]
-            ),
-            "decode_ratio": machine.median(
-                [v[1] / b[1] for v, b in zip(values, base, strict=True)]
-            ),
-            "samples": values,
-        }
-        rows[name] = row
-        lines.append(
-            f"| {name} | {row['prefill_tps']:.0f} | {row['prefill_ratio']:.2f} | "
-            f"{row['decode_tps']:.1f} | {row['decode_ratio']:.2f} |"
-        )
-    machine.write("speed", about, rows, lines)
+    rows: dict[str, Any] = {
+        "kernels": kernels_in_use(),
+        "prompt_tokens": sizes.prompt_tokens,
+        "context": sizes.contexts[0],
+        "models": {},
+    }
+    for name, (kept, part) in found.items():
+        rows["models"][name] = kept
+        lines += part
+    machine.write("speed", about, rows, lines, options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

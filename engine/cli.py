@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import platform
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from engine.cli_bench import bench
 from engine.cli_nodes import app as nodes_app
 from engine.cli_options import (
     BiasOption,
@@ -46,7 +46,7 @@ from engine.cli_options import (
     WorkersOption,
     parse_biases,
 )
-from engine.cli_output import ProgressDisplay, plan_dict, printer, report
+from engine.cli_output import ProgressDisplay, printer, report
 from engine.cli_running import become, fail, has_display, run_session
 from engine.decode.request_rules import check_ids, check_request, check_sampling
 from engine.errors import ConfigError, EngineError, PromptError
@@ -292,48 +292,7 @@ def chat(
     run_session(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
 
 
-@app.command()
-def bench(
-    model: ModelOption = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    generated_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 64,
-    workers: WorkersOption = 0,
-    plan: PlanOption = None,
-    threads: ThreadsOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    kv_window: WindowOption = None,
-    kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
-    node: NodeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure prefill and decode speed."""
-
-    def work(session: Session, display: ProgressDisplay) -> None:
-        session.benchmark(min(prompt_tokens, 64), 8)  # Warm caches and thread pools.
-        finished = session.benchmark(prompt_tokens, generated_tokens)
-        display.stop()
-        result = {
-            "model": session.model.name,
-            "dtype": session.model.dtype,
-            "kernels": "torch",
-            "prompt_tokens": finished.prompt_tokens,
-            "generated_tokens": len(finished.token_ids),
-            "prefill_tps": finished.prefill_tps,
-            "decode_tps": finished.decode_tps,
-            "ttft_s": finished.ttft_s,
-            "plan": plan_dict(finished),
-            "devices": report(finished, session.memory)["devices"],
-            "machine": platform.processor() or platform.machine(),
-        }
-        if as_json:
-            print(json.dumps(result))
-            return
-        print(
-            f"{result['model']} {result['dtype']}: prefill {finished.prefill_tps:.1f} tok/s, "
-            f"decode {finished.decode_tps:.1f} tok/s"
-        )
-
-    run_session(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
+app.command()(bench)
 
 
 @app.command()

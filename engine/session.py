@@ -197,7 +197,7 @@ class Session:
                     where = f"prompt {index_of.pop(message.request_id)} of the batch"
                     raise error_by_name(message.error, f"{where}: {message.message}")
         except BaseException:
-            self._cancel(index_of.keys() - ended.keys())
+            self.cancel(index_of.keys() - ended.keys())
             raise
         return [ended[call.request_id] for call in calls]
 
@@ -252,7 +252,7 @@ class Session:
         try:
             return self.client.run(call, on_event or (lambda event: self._on_event(event.message)))
         except KeyboardInterrupt:
-            self._cancel([call.request_id])  # type: ignore[attr-defined]
+            self.cancel([call.request_id])  # type: ignore[attr-defined]
             raise
 
     def _generate_call(
@@ -280,7 +280,7 @@ class Session:
         check_request(call, self.model.config.vocab_size)
         return call
 
-    def _cancel(self, request_ids: Collection[int]) -> None:
+    def cancel(self, request_ids: Collection[int]) -> None:
         """Cancel calls and wait for their ends, so that nothing of them comes later."""
         for request_id in request_ids:
             self.client.post(api.Cancel(request_id=request_id))

@@ -1,0 +1,58 @@
+"""`shardmix bench` relates a speed to the computer that it was measured on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.kernels.available import kernels_in_use
+from engine.measuring.bandwidth import ceiling_share, read_bandwidth
+from tests.engine.cli.test_commands import shardmix
+from tests.tiny_models import save_tiny_llama
+
+pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
+
+SIZES = ("--prompt-tokens", "32", "--generated-tokens", "4", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return folder
+
+
+def test_the_json_has_what_the_share_is_made_of(model: Path) -> None:
+    done = shardmix("bench", "--json", "--model", str(model), "--dtype", "bfloat16", *SIZES)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kernels"] == kernels_in_use()
+    # Layers and head in bfloat16, norms in float32; the embedding stays with the engine host.
+    matrices = 3 * (48 * 20 * (6 + 2 + 2 + 6) + 3 * 48 * 75) + 99 * 48
+    assert found["weight_bytes"] == 2 * matrices + 4 * 48 * (2 * 3 + 1)
+    expected = found["weight_bytes"] * found["decode_tps"] / found["memory_bytes_per_second"]
+    assert found["ceiling_share"] == pytest.approx(expected)
+
+
+def test_a_person_reads_speeds_kernels_and_memory(model: Path) -> None:
+    done = shardmix("bench", "--model", str(model), "--dtype", "float32", *SIZES)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "computed in float32 by torch kernels on this/cpu",
+        "reading a prompt of 32 tokens",
+        "% of what the memory allows",
+        "memory of the engine host",
+        "GB/s",
+    ):
+        assert words in done.stdout, done.stdout
+
+
+def test_a_share_is_bytes_by_bytes() -> None:
+    assert ceiling_share(100_000_000, 150.0, 30e9) == 0.5
+
+
+def test_memory_is_read_with_any_number_of_threads() -> None:
+    for threads in (1, 3):
+        assert 0 < read_bandwidth(threads, num_bytes=1 << 20, seconds=0.0) < 1e13

@@ -58,19 +58,19 @@ void compute_mlp(const shardmix_mlp_share &share, const float *x, int64_t num_to
             prepare_input(scratch.inputs, x, share.norm, share.norm_epsilon, gate_up.num_columns, t);
         });
         team.share(to_project, num_panels(gate_up), panels_at_a_time(gate_up, team.num_threads()),
-                         [&](int64_t first, int64_t end) {
-                             kernels().multiply(gate_up, scratch.inputs.view(), first, end,
-                                                scratch.gate_up.data());
-                         });
+                   [&](int64_t first, int64_t end) {
+                       kernels().multiply(gate_up, scratch.inputs.view(), first, end,
+                                          scratch.gate_up.data());
+                   });
         team.share(to_gate, num_tokens * pieces, 1, [&](int64_t n, int64_t) {
             int64_t first = n % pieces * kGroupsAtATime, end = first + kGroupsAtATime;
             gate_groups(share, scratch, n / pieces, first,
                         end < down.num_groups ? end : down.num_groups);
         });
         team.share(to_output, num_panels(down), panels_at_a_time(down, team.num_threads()),
-                        [&](int64_t first, int64_t end) {
-                            kernels().multiply(down, scratch.gated.view(), first, end, out);
-                        });
+                   [&](int64_t first, int64_t end) {
+                       kernels().multiply(down, scratch.gated.view(), first, end, out);
+                   });
     };
     run_on(team, work);
 }

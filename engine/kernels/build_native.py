@@ -78,16 +78,19 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler was found ({names}). Install g++ or clang++")
 
 
-def build(output: Path, is_sanitized: bool = False, compiler: Sequence[str] = ()) -> None:
+def build(
+    output: Path, is_sanitized: bool = False, compiler: Sequence[str] = (), machine: str = ""
+) -> None:
     """Compile and link; replaces `output` only by a whole library.
 
     Args:
         is_sanitized: stop at the first wrong access or undefined operation.
         compiler: its command; found where empty.
+        machine: what the compiler compiles for; this one where empty.
     Raises: BuildError: there is no compiler, or it failed.
     """
     command = list(compiler) or find_compiler()
-    machine = platform.machine().lower()
+    machine = machine or platform.machine().lower()
     special = X86_FLAGS if machine in ("x86_64", "amd64") else {}
     special = ARM_FLAGS if machine in ("aarch64", "arm64") else special
     flags = [*FLAGS, *(SANITIZER_FLAGS if is_sanitized else ())]

@@ -40,7 +40,7 @@ struct Call {
     AttentionScratch &scratch;
     ThreadTeam &team;
     int64_t num_chunks = 0;
-    WorkQueue to_norm{}, to_project{}, to_place{}, to_attend{}, to_join{}, to_output{}, to_add{};
+    Phase to_norm{}, to_project{}, to_place{}, to_attend{}, to_join{}, to_output{}, to_add{};
 
     int64_t num_columns() const { return share.qkv->num_rows; }
 
@@ -76,38 +76,32 @@ struct Call {
     }
 
     void work() {
-        to_norm.share(num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share(to_norm, num_tokens, 1, [&](int64_t t, int64_t) {
             int64_t width = share.qkv->num_columns;
             kernels().rms_norm(x + t * width, share.norm, (float)share.norm_epsilon, width,
                                scratch.inputs.values(t));
             scratch.inputs.prepare(t);
         });
-        team.barrier();
         multiply(to_project, *share.qkv, scratch.inputs, scratch.projected.data());
-        team.barrier();
-        to_place.share(num_tokens, 1, [&](int64_t t, int64_t) { place(t); });
-        team.barrier();
-        to_attend.share(num_chunks * share.num_kv_heads, 1, [&](int64_t n, int64_t) {
+        team.share(to_place, num_tokens, 1, [&](int64_t t, int64_t) { place(t); });
+        team.share(to_attend, num_chunks * share.num_kv_heads, 1, [&](int64_t n, int64_t) {
             attend(n / share.num_kv_heads, n % share.num_kv_heads);
         });
-        team.barrier();
-        to_join.share(num_tokens, 1, [&](int64_t t, int64_t) { join(t); });
-        team.barrier();
+        team.share(to_join, num_tokens, 1, [&](int64_t t, int64_t) { join(t); });
         multiply(to_output, *share.output, scratch.attended, out);
         if (!share.output_bias) return;
-        team.barrier();
-        to_add.share(num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share(to_add, num_tokens, 1, [&](int64_t t, int64_t) {
             int64_t width = share.output->num_rows;
             for (int64_t i = 0; i < width; ++i) out[t * width + i] += share.output_bias[i];
         });
     }
 
-    void multiply(WorkQueue &queue, const shardmix_matrix &matrix, const PreparedTokens &tokens,
+    void multiply(Phase &phase, const shardmix_matrix &matrix, const PreparedTokens &tokens,
                   float *products) {
-        queue.share(num_panels(matrix), panels_at_a_time(matrix, team.num_threads()),
-                    [&](int64_t first, int64_t end) {
-                        kernels().multiply(matrix, tokens.view(), first, end, products);
-                    });
+        team.share(phase, num_panels(matrix), panels_at_a_time(matrix, team.num_threads()),
+                   [&](int64_t first, int64_t end) {
+                       kernels().multiply(matrix, tokens.view(), first, end, products);
+                   });
     }
 
     // Bias, norm and rotation of a token's heads; its keys and values go into the cache.

@@ -79,14 +79,15 @@ int64_t shardmix_pack(const shardmix_matrix *matrix, const void *quants, const u
     if (!is_valid(&target) || !quants || (!has_scales && target.format != SHARDMIX_BFLOAT16))
         return SHARDMIX_BAD_ARGUMENT;
     Source source{(const uint8_t *)quants, scales, minimums};
-    WorkQueue queue;
+    ThreadTeam &team = ThreadTeam::of_process();
+    Phase phase;
     auto work = [&] {
-        queue.share(num_panels(target), 8, [&](int64_t first, int64_t end) {
+        team.share(phase, num_panels(target), 8, [&](int64_t first, int64_t end) {
             for (int64_t p = first; p < end; ++p)
                 pack_panel(target, source, p, (char *)panels + p * panel_bytes(target));
         });
     };
-    run_on(ThreadTeam::of_process(), work);
+    run_on(team, work);
     return SHARDMIX_OK;
 }
 
@@ -96,14 +97,15 @@ int64_t shardmix_dequantize(const shardmix_matrix *matrix, int64_t first_row, in
         first_row >= end_row || end_row > matrix->num_rows)
         return SHARDMIX_BAD_ARGUMENT;
     int64_t row_bytes = matrix->num_columns * (is_bfloat16 ? 2 : 4);
-    WorkQueue queue;
+    ThreadTeam &team = ThreadTeam::of_process();
+    Phase phase;
     auto work = [&] {
-        queue.share(end_row - first_row, kPanelRows, [&](int64_t first, int64_t end) {
+        team.share(phase, end_row - first_row, kPanelRows, [&](int64_t first, int64_t end) {
             kernels().dequantize(*matrix, first_row + first, first_row + end, is_bfloat16 != 0,
                                  (char *)out + first * row_bytes);
         });
     };
-    run_on(ThreadTeam::of_process(), work);
+    run_on(team, work);
     return SHARDMIX_OK;
 }
 
@@ -115,18 +117,18 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
         PreparedTokens &tokens = prepared;
         tokens.reserve(*matrix, num_tokens);
         ThreadTeam &team = ThreadTeam::of_process();
-        WorkQueue to_prepare, to_multiply;
+        Phase to_prepare, to_multiply;
         auto work = [&] {
-            to_prepare.share(num_tokens, 1, [&](int64_t token, int64_t) {
+            team.share(to_prepare, num_tokens, 1, [&](int64_t token, int64_t) {
                 std::memcpy(tokens.values(token), x + token * matrix->num_columns,
                             (size_t)matrix->num_columns * sizeof(float));
                 tokens.prepare(token);
             });
-            team.barrier();
-            to_multiply.share(num_panels(*matrix), panels_at_a_time(*matrix, team.num_threads()),
-                              [&](int64_t first, int64_t end) {
-                                  kernels().multiply(*matrix, tokens.view(), first, end, out);
-                              });
+            team.share(to_multiply, num_panels(*matrix),
+                       panels_at_a_time(*matrix, team.num_threads()),
+                       [&](int64_t first, int64_t end) {
+                           kernels().multiply(*matrix, tokens.view(), first, end, out);
+                       });
         };
         run_on(team, work);
     });
@@ -141,15 +143,16 @@ double shardmix_measure_read_bandwidth(int64_t num_bytes, int64_t num_passes) {
     std::memset(memory, 1, (size_t)num_bytes);
     std::atomic<uint32_t> total{0};
     double best = 0.0;
+    ThreadTeam &team = ThreadTeam::of_process();
     for (int64_t pass = 0; pass < num_passes; ++pass) {
-        WorkQueue queue;
+        Phase phase;
         auto work = [&] {
-            queue.share(num_bytes, kPiece, [&](int64_t first, int64_t end) {
+            team.share(phase, num_bytes, kPiece, [&](int64_t first, int64_t end) {
                 total += kernels().read(memory + first, end - first);
             });
         };
         auto start = std::chrono::steady_clock::now();
-        run_on(ThreadTeam::of_process(), work);
+        run_on(team, work);
         std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
         double rate = (double)num_bytes / elapsed.count();
         if (rate > best) best = rate;

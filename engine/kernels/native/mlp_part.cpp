@@ -51,29 +51,26 @@ void compute_mlp(const shardmix_mlp_share &share, const float *x, int64_t num_to
     scratch.gated.reserve(down, num_tokens);
     scratch.gate_up.reserve(num_tokens * gate_up.num_rows);
     ThreadTeam &team = ThreadTeam::of_process();
-    WorkQueue to_prepare, to_project, to_gate, to_output;
+    Phase to_prepare, to_project, to_gate, to_output;
     int64_t pieces = (down.num_groups + kGroupsAtATime - 1) / kGroupsAtATime;
     auto work = [&] {
-        to_prepare.share(num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share(to_prepare, num_tokens, 1, [&](int64_t t, int64_t) {
             prepare_input(scratch.inputs, x, share.norm, share.norm_epsilon, gate_up.num_columns, t);
         });
-        team.barrier();
-        to_project.share(num_panels(gate_up), panels_at_a_time(gate_up, team.num_threads()),
-                         [&](int64_t first, int64_t end) {
-                             kernels().multiply(gate_up, scratch.inputs.view(), first, end,
-                                                scratch.gate_up.data());
-                         });
-        team.barrier();
-        to_gate.share(num_tokens * pieces, 1, [&](int64_t n, int64_t) {
+        team.share(to_project, num_panels(gate_up), panels_at_a_time(gate_up, team.num_threads()),
+                   [&](int64_t first, int64_t end) {
+                       kernels().multiply(gate_up, scratch.inputs.view(), first, end,
+                                          scratch.gate_up.data());
+                   });
+        team.share(to_gate, num_tokens * pieces, 1, [&](int64_t n, int64_t) {
             int64_t first = n % pieces * kGroupsAtATime, end = first + kGroupsAtATime;
             gate_groups(share, scratch, n / pieces, first,
                         end < down.num_groups ? end : down.num_groups);
         });
-        team.barrier();
-        to_output.share(num_panels(down), panels_at_a_time(down, team.num_threads()),
-                        [&](int64_t first, int64_t end) {
-                            kernels().multiply(down, scratch.gated.view(), first, end, out);
-                        });
+        team.share(to_output, num_panels(down), panels_at_a_time(down, team.num_threads()),
+                   [&](int64_t first, int64_t end) {
+                       kernels().multiply(down, scratch.gated.view(), first, end, out);
+                   });
     };
     run_on(team, work);
 }
@@ -84,14 +81,13 @@ void compute_head(const shardmix_head_share &share, const float *x, int64_t num_
     const shardmix_matrix &matrix = *share.matrix;
     inputs.reserve(matrix, num_tokens);
     ThreadTeam &team = ThreadTeam::of_process();
-    WorkQueue to_prepare, to_multiply;
+    Phase to_prepare, to_multiply;
     auto work = [&] {
-        to_prepare.share(num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share(to_prepare, num_tokens, 1, [&](int64_t t, int64_t) {
             prepare_input(inputs, x, share.norm, share.norm_epsilon, matrix.num_columns, t);
         });
-        team.barrier();
-        to_multiply.share(
-            num_panels(matrix), panels_at_a_time(matrix, team.num_threads()),
+        team.share(
+            to_multiply, num_panels(matrix), panels_at_a_time(matrix, team.num_threads()),
             [&](int64_t first, int64_t end) {
                 kernels().multiply(matrix, inputs.view(), first, end, out);
                 if (share.softcap == 0.0) return;

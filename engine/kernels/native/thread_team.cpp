@@ -17,6 +17,10 @@ namespace {
 constexpr std::chrono::microseconds kSpinTime{50};
 constexpr int kPausesPerLook = 16;
 
+// Parts of the word that counts the helpers of the work in progress; its turn is in the upper half.
+constexpr uint64_t kOpen = 1ull << 31;
+constexpr uint64_t kHelpers = kOpen - 1;
+
 void pause_briefly() {
 #if defined(__x86_64__) || defined(_M_X64)
     _mm_pause();
@@ -109,31 +113,49 @@ void ThreadTeam::set_size(int64_t num_threads) {
 }
 
 void ThreadTeam::help(uint32_t turn) {
-    for (;; ++turn) {
+    for (;;) {
         start_.wait_past(turn, may_spin_);
         if (is_ending_) return;
+        turn = start_.turn();
+        if (!join_in(turn)) continue;
         work_(context_);
-        barrier();
+        leave();
+    }
+}
+
+bool ThreadTeam::join_in(uint32_t turn) {
+    uint64_t seen = progress_.load();
+    while (seen >> 32 == turn && (seen & kOpen))
+        if (progress_.compare_exchange_weak(seen, seen + 1)) return true;
+    return false;
+}
+
+void ThreadTeam::leave() {
+    uint64_t left = progress_.fetch_sub(1) - 1;
+    // The caller waits for the last one: what the work is about lives on its stack.
+    if (!(left & kOpen) && !(left & kHelpers)) meeting_.advance();
+}
+
+void ThreadTeam::wait_for(const Phase &phase, int64_t total) {
+    for (;;) {
+        uint32_t turn = meeting_.turn();
+        if (phase.is_done(total)) return;
+        meeting_.wait_past(turn, may_spin_);
     }
 }
 
 void ThreadTeam::run(void (*work)(void *), void *context) {
     std::lock_guard<std::mutex> lock(callers_);
+    if (helpers_.empty()) return work(context);
     work_ = work;
     context_ = context;
-    if (!helpers_.empty()) start_.advance();
+    progress_.store((uint64_t)(start_.turn() + 1) << 32 | kOpen);
+    start_.advance();
     work(context);
-    barrier();
-}
-
-void ThreadTeam::barrier() {
-    int64_t count = num_threads();
-    if (count == 1) return;
-    uint32_t turn = meeting_.turn();
-    if (num_arrived_.fetch_add(1) + 1 == count) {
-        num_arrived_.store(0);
-        meeting_.advance();
-    } else {
+    progress_.fetch_and(~kOpen);
+    for (;;) {
+        uint32_t turn = meeting_.turn();
+        if (!(progress_.load() & kHelpers)) return;
         meeting_.wait_past(turn, may_spin_);
     }
 }

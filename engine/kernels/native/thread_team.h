@@ -30,6 +30,17 @@ class Turnstile {
     std::condition_variable advanced_;
 };
 
+// Pieces of one phase of the work: who is free takes the next one.
+class Phase {
+   public:
+    bool is_done(int64_t total) const { return num_done_.load(std::memory_order_acquire) >= total; }
+
+   private:
+    friend class ThreadTeam;
+    std::atomic<int64_t> next_{0};
+    std::atomic<int64_t> num_done_{0};
+};
+
 class ThreadTeam {
    public:
     // The team of this process; a forked child gets a new one, as it has no helpers.
@@ -38,17 +49,35 @@ class ThreadTeam {
     // Start or end helpers. Returns the number of threads there are, the caller included.
     int64_t resize(int64_t num_threads);
 
-    // Run `work(context)` on every thread at once and return when all are done; one caller a time.
+    // Run `work(context)`, a sequence of phases, and return when it is done; one caller a time.
+    // Helpers run it too, from its beginning. One that the system does not let run in time is not
+    // waited for: on a busy computer the others would stand still with it.
     void run(void (*work)(void *), void *context);
 
-    // In `work`: wait for all threads to come here.
-    void barrier();
+    // In `work`: call `piece(first, end)` for pieces of [0, total) until none is left, and return
+    // when all of them are done, whoever did them.
+    template <class Piece>
+    void share(Phase &phase, int64_t total, int64_t size, Piece piece) {
+        for (;;) {
+            int64_t first = phase.next_.fetch_add(size, std::memory_order_relaxed);
+            if (first >= total) break;
+            int64_t end = first + size < total ? first + size : total;
+            piece(first, end);
+            int64_t count = end - first;
+            if (phase.num_done_.fetch_add(count) + count == total && !helpers_.empty())
+                meeting_.advance();
+        }
+        if (!phase.is_done(total)) wait_for(phase, total);
+    }
 
     int64_t num_threads() const { return (int64_t)helpers_.size() + 1; }
 
    private:
     void help(uint32_t turn);
     void set_size(int64_t num_threads);
+    bool join_in(uint32_t turn);
+    void leave();
+    void wait_for(const Phase &phase, int64_t total);
 
     std::mutex callers_;
     std::vector<std::thread> helpers_;
@@ -58,24 +87,8 @@ class ThreadTeam {
     void *context_ = nullptr;
     Turnstile start_;
     Turnstile meeting_;
-    std::atomic<int64_t> num_arrived_{0};
-};
-
-// Work of one phase, handed out in pieces to whichever thread is free.
-class WorkQueue {
-   public:
-    // Call `work(first, end)` for pieces of [0, total) until none is left.
-    template <class Work>
-    void share(int64_t total, int64_t piece, Work work) {
-        for (;;) {
-            int64_t first = next_.fetch_add(piece, std::memory_order_relaxed);
-            if (first >= total) return;
-            work(first, first + piece < total ? first + piece : total);
-        }
-    }
-
-   private:
-    std::atomic<int64_t> next_{0};
+    // Of the work in progress: its turn, whether helpers may still join in, and how many have.
+    std::atomic<uint64_t> progress_{0};
 };
 
 }  // namespace shardmix

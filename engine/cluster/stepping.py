@@ -90,9 +90,11 @@ class Stepping:
         return answer
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
-        """Free slots and cut them back, before a step computes.
+        """Free slots, cut them back, and copy their beginnings, before a step computes.
 
-        Raises: ProtocolError: too many at once, or what was cut away has left the ring.
+        Raises:
+            ProtocolError: too many at once, or what was cut away has left the ring.
+            CacheFull: there is no memory for a copy.
         """
         if len(operations) > MAX_OPERATIONS:
             raise ProtocolError(
@@ -102,6 +104,8 @@ class Stepping:
         for operation in operations:
             if operation.action == "free":
                 cache.free(operation.slot)
+            elif operation.action == "copy":
+                cache.copy(operation.source, operation.slot, operation.length)
             else:
                 cache.truncate(operation.slot, operation.length)
 

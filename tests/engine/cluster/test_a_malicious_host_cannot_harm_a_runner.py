@@ -351,6 +351,18 @@ STEPS: dict[str, tuple[dict[str, Any], str]] = {
         {"operations": (m.SlotOperation(action="free", slot=1),) * 50_000},
         "slot operations",
     ),
+    "a copy of a slot that is not there": (
+        {"operations": (m.SlotOperation(action="copy", slot=1, length=1, source=77),)},
+        "slot 77, which holds 0",
+    ),
+    "a copy of a slot onto itself": (
+        {"operations": (m.SlotOperation(action="copy", slot=0, length=1, source=0),)},
+        "slot 0 cannot begin",
+    ),
+    "a longer copy than there is": (
+        {"operations": (m.SlotOperation(action="copy", slot=1, length=2**31 - 1, source=0),)},
+        "slot 1 cannot begin with 2,147,483,647",
+    ),
     "more slots than are kept": (
         {
             "segments": tuple(

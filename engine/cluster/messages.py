@@ -26,6 +26,8 @@ from engine.weights.formats import TensorInfo
 PROTOCOL_VERSION = 5
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
+# Full logits of one step; the short form has a step compute as many.
+MAX_LOGITS_BYTES = 128 << 20
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
 # Raw logits in the short form of an answer, per position and vocabulary shard.

@@ -441,7 +441,7 @@ def test_logits_that_no_answer_carries_are_not_computed(
     """A vocabulary of 128 k reaches the real limit with 262 positions; this one is tiny."""
     expected = attacked.logits()
     with monkeypatch.context() as patch:
-        patch.setattr("engine.cluster.stepping.MAX_LOGITS_BYTES", 5 * 99 * 4 - 1)
+        patch.setattr("engine.cluster.messages.MAX_LOGITS_BYTES", 5 * 99 * 4 - 1)
         attacked.say(attacked.good_step(), attacked.checkpoint.embed(IDS))
         assert "logits of 5 positions are 1,980 bytes" in attacked.hear(m.Failed)[0].message
     np.testing.assert_array_equal(attacked.logits(), expected)

@@ -23,6 +23,8 @@ LEAST_PROBABILITY = 0.1
 HOPED_COST = 0.02
 # Steps of so many tokens share a figure; above, each twice as long as the one before the last.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# No step is longer than this many times the longest one that is known: what a long one takes is hoped.
+LEAP = 4
 # A figure of fewer steps is not trusted: the first of a size warm caches and scratch memory.
 MIN_STEPS = 3
 TIME_WEIGHT = 0.15
@@ -88,6 +90,11 @@ class StepTimes:
         """Whether steps of that size were measured often enough, and not too long ago."""
         figure = self._figures.get(_size(num_tokens))
         return figure is not None and figure.num_steps >= MIN_STEPS
+
+    def longest_tried(self) -> float:
+        """Tokens of the longest step that may be taken without knowing what it takes."""
+        sizes = [f.num_tokens for f in self._figures.values() if f.num_steps >= MIN_STEPS]
+        return LEAP * max(sizes, default=0.0)
 
     def predict(self, num_tokens: int) -> float | None:
         """Seconds of a step; between measured sizes on a line, beyond them hopefully cheap.
@@ -164,9 +171,10 @@ def choose_lengths(
         ),
         reverse=True,
     )
+    most_tokens = min(most_tokens, int(times.longest_tried()) - num_sequences)
     best, best_rate = 0, LEAST_GAIN * num_sequences / plain
     expected = float(num_sequences)
-    for count, (probability, _, _) in enumerate(tokens[:most_tokens], start=1):
+    for count, (probability, _, _) in enumerate(tokens[: max(0, most_tokens)], start=1):
         if probability < LEAST_PROBABILITY:
             break
         expected += probability

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("speed.py", "quality.py", "reaction.py", "exchange.py", "cluster.py")
+SCRIPTS = ("speed.py", "quality.py", "reaction.py", "speculation.py", "exchange.py", "cluster.py")
 
 
 def main() -> int:

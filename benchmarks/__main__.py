@@ -13,6 +13,7 @@ SCRIPTS = (
     "quality.py",
     "products.py",
     "reaction.py",
+    "speculation.py",
     "exchange.py",
     "cluster.py",
 )

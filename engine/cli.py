@@ -37,6 +37,8 @@ from engine.cli_options import (
     PresenceOption,
     RepetitionOption,
     SeedOption,
+    Speculation,
+    SpeculationOption,
     StopIdOption,
     StopOption,
     ThreadsOption,
@@ -126,6 +128,7 @@ def generate(
     stop: StopOption = None,
     stop_id: StopIdOption = None,
     logprobs: LogprobsOption = None,
+    speculation: SpeculationOption = Speculation.AUTO,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
@@ -160,6 +163,7 @@ def generate(
             stop_ids=tuple(stop_id or ()),
             min_tokens=min_tokens,
             logprobs=logprobs,
+            speculation=speculation.value,
         )
         call = api.Generate(request_id=0, sampling=sampling, **answer)
         check_request(call)
@@ -238,6 +242,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
     top_p: TopPOption = 0.9,
     seed: SeedOption = None,
+    speculation: SpeculationOption = Speculation.AUTO,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
     threads: ThreadsOption = None,
@@ -273,7 +278,9 @@ def chat(
                 continue
             asked = [*turns, api.ChatTurn(role="user", content=line)]
             try:
-                finished = session.generate(tuple(asked), sampling=sampling)
+                finished = session.generate(
+                    tuple(asked), sampling=sampling, speculation=speculation.value
+                )
             except KeyboardInterrupt:
                 print("\n(stopped)", file=sys.stderr)
                 continue

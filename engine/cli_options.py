@@ -34,6 +34,14 @@ class CacheDtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Speculation(StrEnum):
+    """Whether guesses at the next tokens are verified with them."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -109,6 +117,13 @@ StopOption = Annotated[
 ]
 StopIdOption = Annotated[
     list[int] | None, typer.Option(help="Token id that ends the answer; may be repeated.")
+]
+SpeculationOption = Annotated[
+    Speculation,
+    typer.Option(
+        help="Verify guesses from the text so far, several in a step: where that measured faster, "
+        "always, or never. The answer is the same."
+    ),
 ]
 LogprobsOption = Annotated[
     int | None,

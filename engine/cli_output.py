@@ -104,6 +104,9 @@ def report(finished: api.Finished, memory: Mapping[str, api.DeviceMemory]) -> di
         "finish_reason": finished.finish_reason,
         "prompt_tokens": finished.prompt_tokens,
         "reused_tokens": finished.reused_tokens,
+        "decode_steps": finished.decode_steps,
+        "drafted_tokens": finished.drafted_tokens,
+        "accepted_tokens": finished.accepted_tokens,
         "seed": finished.seed,
         "timings": {
             "ttft_s": finished.ttft_s,

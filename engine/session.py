@@ -44,6 +44,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_sequences: tuple[tuple[int, ...], ...]
     min_tokens: int
     logprobs: int | None
+    speculation: api.Speculation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

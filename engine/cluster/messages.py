@@ -23,9 +23,11 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
+# Full logits of one step; the short form has a step compute as many.
+MAX_LOGITS_BYTES = 128 << 20
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
 # Raw logits in the short form of an answer, per position and vocabulary shard.
@@ -398,12 +400,15 @@ class SlotOperation(Message, frozen=True):
     """Change to a slot's KV, before the step computes.
 
     Attributes:
-        action: "free" drops the slot; "truncate" keeps positions below `length`.
+        action: "free" drops the slot; "truncate" keeps positions below `length`; "copy" makes the
+            slot begin with the first `length` positions of `source`, whatever it held before.
+        source: for "copy", another slot.
     """
 
-    action: Literal["free", "truncate"]
+    action: Literal["free", "truncate", "copy"]
     slot: Index
     length: Index = 0
+    source: Index = 0
 
 
 class LogitsWanted(Message, frozen=True):

@@ -26,7 +26,6 @@ from engine.model.view import LONGEST_STEP
 from engine.plan.plan import Plan
 
 MAX_STEP_TOKENS = 1 << 16
-MAX_LOGITS_BYTES = 128 << 20
 # A slot needs two at most in one step.
 MAX_OPERATIONS = 2 * MAX_SLOTS
 
@@ -90,9 +89,11 @@ class Stepping:
         return answer
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
-        """Free slots and cut them back, before a step computes.
+        """Free slots, cut them back, and copy their beginnings, before a step computes.
 
-        Raises: ProtocolError: too many at once, or what was cut away has left the ring.
+        Raises:
+            ProtocolError: too many at once, or what was cut away has left the ring.
+            CacheFull: there is no memory for a copy.
         """
         if len(operations) > MAX_OPERATIONS:
             raise ProtocolError(
@@ -102,6 +103,8 @@ class Stepping:
         for operation in operations:
             if operation.action == "free":
                 cache.free(operation.slot)
+            elif operation.action == "copy":
+                cache.copy(operation.source, operation.slot, operation.length)
             else:
                 cache.truncate(operation.slot, operation.length)
 
@@ -115,10 +118,10 @@ class Stepping:
             self.shard.plan.shape.head_row, self.exchange.device_index
         )
         num_bytes = num_logits * (end - first) * 4
-        if num_bytes > MAX_LOGITS_BYTES:
+        if num_bytes > m.MAX_LOGITS_BYTES:
             raise ProtocolError(
                 f"logits of {num_logits:,} positions are {num_bytes:,} bytes, at most "
-                f"{MAX_LOGITS_BYTES:,} are computed in one step"
+                f"{m.MAX_LOGITS_BYTES:,} are computed in one step"
             )
 
     def _embeddings(self, tensors: list[m.Array], num_tokens: int) -> torch.Tensor | None:

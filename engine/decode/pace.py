@@ -55,6 +55,7 @@ class Pace:
         self,
         kind: StepKind,
         num_tokens: int,
+        num_wasted: int,
         seconds: float,
         plan: Plan,
         answers: Sequence[DeviceAnswer],
@@ -63,6 +64,7 @@ class Pace:
         """Take note of a step.
 
         Args:
+            num_wasted: of the tokens, guesses that did not come true.
             totals: per sequence of the step, where its devices' figures are summed.
         """
         if num_tokens:
@@ -72,9 +74,9 @@ class Pace:
         measured = self._measured
         measured.seconds += seconds
         if kind == "prompt":
-            measured.prompt_tokens += num_tokens
+            measured.prompt_tokens += num_tokens - num_wasted
         else:
-            measured.generated_tokens += num_tokens
+            measured.generated_tokens += num_tokens - num_wasted
         everyone = [measured.devices, *totals]
         for index, answer, _tensors in answers:
             for devices in everyone:

@@ -1,9 +1,9 @@
 """The thread that turns waiting requests into steps, and answers into tokens.
 
 In: plans, requests, cancels, from any thread. Out: calls of a request's listeners, and a sink for
-what the steps measured. It owns the coordinator. A step is either one piece of one prompt or one
-token of every running answer; pieces are as long as 150 ms of measured speed allow, so a cancel is
-heard in time.
+what the steps measured. It owns the coordinator. A step is either pieces of all prompts or the next
+token of every running answer, with guesses where they pay; pieces are as long as 150 ms of measured
+speed allow, so a cancel is heard in time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,24 @@ from engine.cluster.coordinator import (
     StepFailed,
 )
 from engine.cluster.runner_links import RunnerAddress
+from engine.decode.batching import (
+    Work,
+    find_changes,
+    generated_works,
+    input_rows,
+    logits_wanted,
+    prompt_works,
+    step_kind,
+)
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
-from engine.decode.logit_changes import LogitChanges
 from engine.decode.pace import Pace
-from engine.decode.sampling import all_candidates
 from engine.decode.sequence import Sequence
-from engine.decode.slots import Slots
+from engine.decode.slots import Held, Slots, without_copies
+from engine.decode.speculation import StepTimes
+from engine.decode.verification import take_tokens
 from engine.errors import EngineError, PlanError, WorkerLost
-from engine.model.batch import Segment, StepKind
+from engine.model.batch import StepKind
 from engine.model.view import can_truncate
 from engine.plan.plan import Plan
 
@@ -89,6 +98,7 @@ class Scheduler:
         self._step_id = 0
         self._slots = Slots(0, lambda _written, _length: False)
         self._pace = Pace()
+        self._step_times = StepTimes()
         self._last_kind: StepKind = "generated"
         self._started = threading.Event()
         self._coordinator: Coordinator
@@ -233,6 +243,7 @@ class Scheduler:
         self._embeddings = command.embeddings
         self._step_id = 0
         self._pace.forget()
+        self._step_times = StepTimes()
         config, window = command.load.config, command.load.kv_window
         self._slots = Slots(
             command.load.kept_positions,
@@ -270,17 +281,17 @@ class Scheduler:
             return
         self._coordinator.check()
         self._admit()
-        kind = self._choose_kind()
+        kind = step_kind(self._running, self._last_kind)
         if kind == "prompt":
-            prompt = next(s for s in self._running if s.next_kind == "prompt")
-            limit = self._piece(kind, 1, has_logits=prompt.logits_only)
-            batch = [(prompt, prompt.next_count(limit))]
+            limit = self._piece(kind, 1, has_logits=False)
+            works = prompt_works(self._running, limit, self._piece(kind, 1, has_logits=True))
         else:
-            running = [s for s in self._running if s.next_kind == "generated"]
-            limit = self._piece(kind, max(1, len(running)), has_logits=False)
-            batch = [(s, s.next_count(limit)) for s in running]
-        if batch or self._operations:
-            self._step(kind, batch)
+            num_together = sum(s.next_kind == "generated" for s in self._running)
+            limit = self._piece(kind, max(1, num_together), has_logits=False)
+            vocab_size = self._load.config.vocab_size
+            works = generated_works(self._running, limit, self._step_times, vocab_size)
+        if works or self._operations:
+            self._step(kind, works)
         self._pace.report(self._listener)
 
     def _admit(self) -> None:
@@ -294,62 +305,46 @@ class Scheduler:
                 error = PlanError("another model was opened; ask again")
                 self._listener.on_failed(sequence.request_id, error)
                 continue
+            in_use = [
+                Held(s.slot, s.cache_ids(s.num_computed), s.num_written)
+                for s in self._running
+                if s.may_reuse and not s.is_broken
+            ]
             self._running.append(sequence)
             seat, operations = self._slots.take(
-                sequence.cache_ids(len(sequence.ids)), may_reuse=sequence.may_reuse
+                sequence.cache_ids(len(sequence.ids)),
+                may_reuse=sequence.may_reuse,
+                in_use=in_use,
             )
             sequence.take_seat(seat.slot, seat.num_reused, seat.num_written)
             self._operations += operations
             if not sequence.prefill_started:
                 sequence.prefill_started = time.perf_counter()
 
-    def _choose_kind(self) -> StepKind:
-        """Prompts and answers take turns, so that neither waits for the other to end."""
-        kinds = {s.next_kind for s in self._running}
-        if "prompt" not in kinds:
-            return "generated"
-        if "generated" not in kinds:
-            return "prompt"
-        return "prompt" if self._last_kind == "generated" else "generated"
-
     def _piece(self, kind: StepKind, num_together: int, *, has_logits: bool) -> int:
         is_alone = len(self._running) == 1
         return self._pace.piece(kind, num_together, is_alone=is_alone, has_logits=has_logits)
 
-    def _step(self, kind: StepKind, batch: list[tuple[Sequence, int]]) -> None:
+    def _step(self, kind: StepKind, works: list[Work]) -> None:
         load, embeddings = self._load, self._embeddings
         assert load is not None
         assert embeddings is not None
         started = time.perf_counter()
         self._step_id += 1
-        segments = tuple(_segment(sequence, count) for sequence, count in batch)
-        wanted = [
-            sequence
-            for (sequence, _), segment in zip(batch, segments, strict=True)
-            if segment.logit_offsets and not sequence.logits_only
-        ]
-        changes = [sequence.changes() for sequence in wanted]
-        is_full = any(sequence.logits_only for sequence, _ in batch)
+        is_full = any(work.sequence.logits_only for work in works)
+        find_changes(works)
         step = m.Step(
             epoch=load.epoch,
             step_id=self._step_id,
             kind=kind,
-            segments=segments,
+            segments=tuple(work.segment() for work in works),
             operations=tuple(self._operations),
-            logits=m.LogitsWanted(
-                form="full" if is_full else "top",
-                ids=tuple(tuple(c.ids.tolist()) for c in changes),
-                temperatures=tuple(s.settings.temperature for s in wanted),
-                raw_sums=tuple(s.num_logprobs is not None for s in wanted),
-            ),
+            logits=logits_wanted(works, "full" if is_full else "top"),
         )
         self._operations = []
-        ids = [i for s, n in batch for i in s.ids[s.num_computed : s.num_computed + n]]
-        rows = embeddings.embed(ids) if ids else None
-        if rows is not None and any(sequence.images for sequence, _ in batch):
-            rows = _with_images(rows, batch)
+        rows = input_rows(works, embeddings) if works else None
         self._last_kind = kind
-        everyone = {sequence.request_id for sequence, _ in batch}
+        everyone = {work.sequence.request_id for work in works}
 
         def nobody_wants_it() -> bool:
             return self._should_end or (bool(everyone) and everyone <= self._cancelled)
@@ -357,32 +352,48 @@ class Scheduler:
         try:
             answers = self._coordinator.step(step, rows, nobody_wants_it)
         except StepAborted:
-            for sequence, _ in batch:
-                sequence.is_broken = True
+            for work in works:
+                work.sequence.is_broken = True
             return
         except StepFailed as failed:
-            # It may not have been sent. To free or cut a slot twice does no harm.
-            self._operations = list(step.operations)
-            for sequence, _ in batch:
-                self._fail(sequence, failed.error)
+            self._take_failure(step, works, failed.error)
             return
         self._tell_links(load.plan, answers)
-        for sequence, count in batch:
-            sequence.advance(count)
+        num_right = -sum(work.sequence.num_accepted for work in works)
+        for work in works:
+            if not work.changes:
+                work.sequence.advance(work.count)
         if is_full:
-            self._send_logits(batch[0], answers)
+            self._send_logits(works[0], answers)
         else:
-            self._take_tokens(wanted, changes, answers)
+            self._take_tokens(works, answers)
         seconds = time.perf_counter() - started
-        totals = [sequence.totals for sequence, _ in batch]
-        self._pace.measure(kind, len(ids), seconds, load.plan, answers, totals)
-        for sequence, _ in batch:
+        num_tokens = sum(segment.token_count for segment in step.segments)
+        num_right += sum(work.sequence.num_accepted for work in works)
+        num_wasted = sum(work.num_drafted for work in works) - num_right
+        totals = [work.sequence.totals for work in works]
+        self._pace.measure(kind, num_tokens, num_wasted, seconds, load.plan, answers, totals)
+        # What is computed again after a fault says nothing of the next step.
+        if works and kind == "generated" and all(work.count == 1 for work in works):
+            self._step_times.note(num_tokens, seconds)
+        for work in works:
+            sequence = work.sequence
             if kind == "prompt":
                 sequence.on_prefill(
                     min(sequence.num_computed, sequence.num_prompt), sequence.num_prompt
                 )
             if sequence.finish_reason is not None:
                 self._finish(sequence)
+
+    def _take_failure(self, step: m.Step, works: list[Work], error: EngineError) -> None:
+        """A step was not computed: it may have come to some devices, or to none."""
+        self._operations = without_copies(step.operations)
+        for work in works:
+            self._fail(work.sequence, error)
+        emptied = {o.slot for o in step.operations if o.action == "copy"}
+        for sequence in self._running:
+            if sequence.slot in emptied:
+                sequence.take_seat(sequence.slot, 0, 0)
 
     def _tell_links(self, plan: Plan, answers: list[DeviceAnswer]) -> None:
         """Pass on what devices measured of their links in use."""
@@ -395,8 +406,8 @@ class Scheduler:
         if links:
             self._listener.on_links(links)
 
-    def _send_logits(self, piece: tuple[Sequence, int], answers: list[DeviceAnswer]) -> None:
-        sequence, count = piece
+    def _send_logits(self, work: Work, answers: list[DeviceAnswer]) -> None:
+        sequence, count = work.sequence, work.count
         assert self._load is not None
         logits = join_full_logits(self._load.plan, answers, count)
         first = sequence.num_computed - count
@@ -405,34 +416,35 @@ class Scheduler:
             sequence.first_token_at = time.perf_counter()
             sequence.finish_reason = "length"
 
-    def _take_tokens(
-        self, wanted: list[Sequence], changes: list[LogitChanges], answers: list[DeviceAnswer]
-    ) -> None:
-        if not wanted:
-            return
+    def _take_tokens(self, works: list[Work], answers: list[DeviceAnswer]) -> None:
         assert self._load is not None
         plan = self._load.plan
-        full: m.Array | None = None
-        candidates = gather_candidates(plan, answers, [c.ids.tolist() for c in changes])
-        for n, sequence in enumerate(wanted):
-            token = sequence.choose(candidates[n], changes[n])
-            if token is None:
-                if full is None:
-                    try:
-                        fetched = self._coordinator.fetch_logits(self._step_id)
-                    except StepFailed as failed:
-                        self._fail(sequence, failed.error)
-                        continue
-                    full = join_full_logits(plan, fetched, len(wanted))
-                token = sequence.choose(all_candidates(full[n]), changes[n])
-            if token is None:
-                error = EngineError(
-                    "the logits are not numbers: the weights are damaged, or the numbers too large "
-                    "for this dtype. Try --dtype float32, or another file"
+        wanted = [work for work in works if work.changes]
+        asked = [changes.ids.tolist() for work in wanted for changes in work.changes]
+        candidates = gather_candidates(plan, answers, asked) if wanted else []
+        full: list[m.Array] = []
+
+        def fetch_full() -> m.Array:
+            if not full:
+                fetched = self._coordinator.fetch_logits(self._step_id)
+                full.append(join_full_logits(plan, fetched, len(asked)))
+            return full[0]
+
+        start = 0
+        for work in wanted:
+            end = start + len(work.changes)
+            rows = slice(start, end)
+            start = end
+            try:
+                self._operations += take_tokens(
+                    work, candidates[rows], lambda rows=rows: fetch_full()[rows]
                 )
-                self._fail(sequence, error)
-            else:
-                sequence.accept(token)
+            except StepFailed as failed:
+                self._fail(work.sequence, failed.error)
+            except WorkerLost:
+                raise
+            except EngineError as error:
+                self._fail(work.sequence, error)
 
     def _fail(self, sequence: Sequence, error: EngineError) -> None:
         """End one request with an error; what it left in its slot is not to be used."""
@@ -459,30 +471,3 @@ class Scheduler:
                 self._operations += self._slots.keep(sequence.slot, held, sequence.num_written)
         else:
             self._waiting.remove(sequence)
-
-
-def _with_images(rows: m.Array, batch: list[tuple[Sequence, int]]) -> m.Array:
-    """Input embeddings with image features in their places."""
-    rows = rows.copy()
-    start = 0
-    for sequence, count in batch:
-        if sequence.images is not None:
-            sequence.images.put(rows[start : start + count], sequence.num_computed)
-        start += count
-    return rows
-
-
-def _segment(sequence: Sequence, count: int) -> Segment:
-    """The next `count` tokens of a sequence."""
-    if sequence.logits_only:
-        offsets = tuple(range(count))
-    elif sequence.num_computed + count == len(sequence.ids):
-        offsets = (count - 1,)
-    else:
-        offsets = ()
-    return Segment(
-        slot=sequence.slot,
-        first_position=sequence.num_computed,
-        token_count=count,
-        logit_offsets=offsets,
-    )

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from engine.decode.drafting import MAX_DRAFT, Draft, Drafter, PromptLookup
 from engine.decode.image_rows import ImageRows
 from engine.decode.logit_changes import LogitChanges, logit_changes
 from engine.decode.sampling import Candidates, choose, token_logprobs, uniform
+from engine.decode.speculation import Acceptance
 from engine.decode.stopping import IdStopMatcher, StopMatcher
-from engine.host.messages import FinishReason, SamplingSettings, TokenLogprobs
+from engine.host.messages import FinishReason, SamplingSettings, Speculation, TokenLogprobs
 from engine.model.batch import StepKind
 
 
@@ -64,6 +67,9 @@ class Sequence:
         logits_only: return the logits of every prompt position, and generate nothing.
         may_reuse: whether what earlier conversations left in the cache may be taken over.
         images: features that stand in for the embeddings of image tokens.
+        speculation: whether guesses at its next tokens may be verified with them.
+        num_drafted, num_accepted: guessed tokens that were verified, and that came true.
+        num_decode_steps: steps that chose tokens after the first.
         is_broken: an aborted step touched its slot.
         on_text: hears each generated id with the text it completed.
     """
@@ -88,6 +94,12 @@ class Sequence:
     logits_only: bool = False
     may_reuse: bool = True
     images: ImageRows | None = None
+    speculation: Speculation = "off"
+    drafter: Drafter = field(default_factory=PromptLookup)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_decode_steps: int = 0
     slot: int = -1
     num_computed: int = 0
     num_written: int = 0
@@ -117,6 +129,12 @@ class Sequence:
         end = self.num_prompt if self.next_kind == "prompt" else len(self.ids)
         return min(end - self.num_computed, limit)
 
+    def count_step(self, num_drafted: int, num_accepted: int, *, is_first: bool) -> None:
+        """Take note of a step that chose tokens."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        self.num_decode_steps += not is_first
+
     def take_seat(self, slot: int, num_reused: int, num_written: int) -> None:
         """Begin in a slot that holds the first `num_reused` tokens already."""
         self.slot, self.num_computed, self.num_written = slot, num_reused, num_written
@@ -128,21 +146,46 @@ class Sequence:
         self.slot, self.num_computed, self.num_written = -1, 0, 0
         self.is_broken = False
 
-    def advance(self, count: int) -> None:
-        """The next `count` tokens are in the cache."""
+    def advance(self, count: int, num_guessed: int = 0) -> None:
+        """The next `count` tokens are in the cache, and guesses after them, which do not count."""
         self.num_computed += count
-        self.num_written = max(self.num_written, self.num_computed)
+        self.num_written = max(self.num_written, self.num_computed + num_guessed)
+
+    def draft(self) -> Draft:
+        """A guess at the next tokens after the one that is next to be chosen from the cache.
+
+        Empty where none may be verified: while tokens are replayed, and at the end of the answer.
+        """
+        is_replaying = self.num_computed + 1 < len(self.ids)
+        # The step chooses one token more than it verifies.
+        limit = min(MAX_DRAFT, self.max_tokens - self.num_generated - 1)
+        if self.speculation == "off" or is_replaying or limit < 1:
+            return Draft([], 0)
+        return self.drafter.draft(self.ids, limit)
 
     def cache_ids(self, count: int) -> list[int]:
         """What identifies the first tokens in the cache: ids, and for image tokens the image."""
         ids = self.ids[:count]
         return ids if self.images is None else self.images.identify(ids)
 
-    def changes(self) -> LogitChanges:
-        """What the request changes of the logits of the next token."""
-        is_too_short = self.num_generated < self.min_tokens
+    def changes(self, guessed: Seq[int] = ()) -> LogitChanges:
+        """What the request changes of the logits of the next token.
+
+        Args:
+            guessed: tokens that come before it, if the guess comes true.
+        """
+        is_too_short = self.num_generated + len(guessed) < self.min_tokens
         forbidden = self.eos_ids | self.stop_ids if is_too_short else frozenset[int]()
-        return logit_changes(self.settings, self.ids, self.num_prompt, forbidden)
+        return logit_changes(self.settings, [*self.ids, *guessed], self.num_prompt, forbidden)
+
+    def most_changes(self, num_guessed: int) -> int:
+        """At least as many as the ids whose logits `changes` may change."""
+        settings = self.settings
+        penalties = (settings.presence_penalty, settings.frequency_penalty)
+        has_penalty = settings.repetition_penalty != 1 or any(penalties)
+        num_forbidden = len(self.eos_ids) + len(self.stop_ids) if self.min_tokens else 0
+        num_penalised = len(self.ids) + num_guessed if has_penalty else 0
+        return len(settings.logit_bias) + num_forbidden + num_penalised
 
     def choose(self, candidates: Candidates, changes: LogitChanges) -> NextToken | None:
         """The next token from the logits after the last one; None where they do not prove it."""

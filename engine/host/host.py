@@ -395,6 +395,9 @@ class EngineHost:
             devices=figures.device_usage(sequence.totals),
             plan=plan,
             reused_tokens=sequence.num_reused,
+            decode_steps=sequence.num_decode_steps,
+            drafted_tokens=sequence.num_drafted,
+            accepted_tokens=sequence.num_accepted,
             logprobs=None if sequence.num_logprobs is None else tuple(sequence.logprobs),
         )
         self._call_soon(lambda: self._end(request_id, event))

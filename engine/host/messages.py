@@ -15,6 +15,7 @@ from engine.plan.plan import Plan
 DtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 CacheDtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Speculation = Literal["auto", "on", "off"]
 NodeStateName = Literal[
     "discovered", "pairing", "starting", "ready", "loading", "busy", "stale", "lost"
 ]
@@ -154,6 +155,9 @@ class Generate(Message, frozen=True):
             alone); None reports nothing.
         batch_index: the request's number in a batch with one seed. Noise is a function of seed,
             this number and position, so the members differ, and each can be had again alone.
+        speculation: whether guesses at the next tokens, from text that prompt and answer already
+            have, are verified several in a step: "auto" where that measured faster, "on" wherever
+            there is a guess. It changes no choice of a token.
     """
 
     request_id: int
@@ -168,6 +172,7 @@ class Generate(Message, frozen=True):
     min_tokens: int = 0
     logprobs: int | None = None
     batch_index: int = 0
+    speculation: Speculation = "auto"
 
 
 class ComputeLogits(Message, frozen=True):
@@ -371,7 +376,10 @@ class Finished(Message, frozen=True):
     """A generation ended.
 
     Attributes:
-        reused_tokens: of the prompt, whose keys and values an earlier conversation had left.
+        reused_tokens: of the prompt, whose keys and values another conversation had computed.
+        decode_steps: steps that chose the tokens after the first; fewer than those where guesses
+            came true.
+        drafted_tokens, accepted_tokens: guesses that were verified, and that came true.
         logprobs: one for each of `token_ids` where the request asked for them, else None.
         ttft_s: from the call's arrival to the first token.
         prefill_tps, decode_tps: tokens per second; 0 where there was nothing to measure.
@@ -389,6 +397,9 @@ class Finished(Message, frozen=True):
     devices: tuple[DeviceUsage, ...]
     plan: Plan
     reused_tokens: int = 0
+    decode_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 

@@ -240,6 +240,7 @@ class OpenedModel:
             min_tokens=call.min_tokens,
             num_logprobs=call.logprobs,
             batch_index=call.batch_index,
+            speculation=call.speculation,
         )
 
 
@@ -249,12 +250,13 @@ def image_paths(call: api.Generate) -> list[str]:
 
 
 def _greedy(request_id: int, max_tokens: int) -> api.Generate:
-    """A call for exactly so many of the likeliest tokens."""
+    """A call for exactly so many of the likeliest tokens, each in a step of its own."""
     return api.Generate(
         request_id=request_id,
         max_tokens=max_tokens,
         sampling=api.SamplingSettings(temperature=0.0),
         ignore_eos=True,
+        speculation="off",
     )
 
 

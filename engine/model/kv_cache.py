@@ -95,6 +95,34 @@ class LayerCache:
             self._grow(end_position)
         return self._place
 
+    def copied_positions(self, length: int, num_written: int) -> int:
+        """Positions that a copy of the first `length` has memory for.
+
+        Args:
+            num_written: the most tokens that the slot ever had.
+        """
+        capacity = self._keys.shape[1]
+        # A ring that has wrapped goes whole: in a shorter one each position had another place.
+        has_wrapped = capacity == self._limit and num_written > capacity
+        return capacity if has_wrapped else min(self.view.held_positions(length), capacity)
+
+    def copied_bytes(self, length: int, num_written: int) -> int:
+        """Memory that a copy of the first `length` positions takes."""
+        heads, _, width = self._keys.shape
+        num_positions = self.copied_positions(length, num_written)
+        return 2 * heads * num_positions * width * self._keys.element_size()
+
+    def copy(self, length: int, num_written: int) -> LayerCache:
+        """Another cache that holds the first `length` positions, as after a cut back to them."""
+        heads, _, width = self._keys.shape
+        twin = LayerCache(heads, width, self.view, self._keys.dtype, self._keys.device)
+        num_positions = self.copied_positions(length, num_written)
+        twin._hold(
+            self._keys[:, :num_positions].clone(memory_format=torch.contiguous_format),
+            self._values[:, :num_positions].clone(memory_format=torch.contiguous_format),
+        )
+        return twin
+
     @property
     def num_bytes(self) -> int:
         """Memory held."""
@@ -103,12 +131,17 @@ class LayerCache:
     def _grow(self, needed: int) -> None:
         # Not a ring yet: position p lies at index p.
         capacity = self.view.held_positions(needed)
-        for name in ("_keys", "_values"):
-            old: Tensor = getattr(self, name)
+        grown: list[Tensor] = []
+        for old in (self._keys, self._values):
             new = old.new_empty(old.shape[0], capacity, old.shape[2])
             new[:, : old.shape[1]] = old
-            setattr(self, name, new)
-        self._place = (self._keys.data_ptr(), self._values.data_ptr(), capacity)
+            grown.append(new)
+        self._hold(*grown)
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        """Keep these from now on, contiguous [H, S, D]."""
+        self._keys, self._values = keys, values
+        self._place = (keys.data_ptr(), values.data_ptr(), keys.shape[1])
 
 
 class KVCache:
@@ -172,10 +205,7 @@ class KVCache:
                 "device fewer heads"
             )
         for slot, end in growing:
-            room = FIRST_CAPACITY
-            while room < end:
-                room *= 2
-            self._room[slot] = room
+            self._room[slot] = _room(end)
 
     def _bytes(self, num_positions: int) -> int:
         """Memory of a slot that had so many positions."""
@@ -227,6 +257,44 @@ class KVCache:
             )
         self._lengths[slot] = length
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a slot begin as another one does; what it held before is gone.
+
+        Args:
+            length: positions of the source to copy, at least 1.
+        Raises:
+            ProtocolError: the source does not hold them, or what the next token must see has left
+                its ring; or it would be a slot too many.
+            CacheFull: the copy does not fit into the device's free memory.
+        """
+        held = self._lengths.get(source, 0)
+        if source == target or not 1 <= length <= held:
+            raise ProtocolError(
+                f"slot {target} cannot begin with {length:,} positions of slot {source}, which "
+                f"holds {held:,}"
+            )
+        written = self._written[source]
+        if not can_truncate(self._config, self.window, written, length):
+            raise ProtocolError(
+                f"the first {length:,} of {written:,} positions of slot {source} cannot be copied"
+            )
+        self.free(target)
+        if len(self._lengths) >= MAX_SLOTS:
+            raise ProtocolError(f"slot {target} is one too many, at most {MAX_SLOTS:,} are kept")
+        layers = self._layers.get(source, {})
+        needed = sum(layer.copied_bytes(length, written) for layer in layers.values())
+        free = free_bytes(self._device)
+        if needed > free:
+            raise CacheFull(
+                f"{length:,} positions need {needed / 2**30:.1f} GiB more for keys and values, "
+                f"{self._device} has {free / 2**30:.1f} GiB free. Lower --kv-window, or give this "
+                "device fewer heads"
+            )
+        self._layers[target] = {n: layer.copy(length, written) for n, layer in layers.items()}
+        # Where a ring came whole, the copy is cut as its source would be: later cuts go by that.
+        self._lengths[target], self._written[target] = length, written
+        self._room[target] = _room(length)
+
     def free(self, slot: int) -> None:
         """Drop a slot and its memory; an unknown slot is already free."""
         self._lengths.pop(slot, None)
@@ -238,3 +306,11 @@ class KVCache:
     def num_bytes(self) -> int:
         """Memory held by all slots."""
         return sum(c.num_bytes for layers in self._layers.values() for c in layers.values())
+
+
+def _room(num_positions: int) -> int:
+    """Positions that a slot with so many has room for, before its views bound it."""
+    room = FIRST_CAPACITY
+    while room < num_positions:
+        room *= 2
+    return room

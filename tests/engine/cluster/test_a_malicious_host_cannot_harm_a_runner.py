@@ -351,6 +351,18 @@ STEPS: dict[str, tuple[dict[str, Any], str]] = {
         {"operations": (m.SlotOperation(action="free", slot=1),) * 50_000},
         "slot operations",
     ),
+    "a copy of a slot that is not there": (
+        {"operations": (m.SlotOperation(action="copy", slot=1, length=1, source=77),)},
+        "slot 77, which holds 0",
+    ),
+    "a copy of a slot onto itself": (
+        {"operations": (m.SlotOperation(action="copy", slot=0, length=1, source=0),)},
+        "slot 0 cannot begin",
+    ),
+    "a longer copy than there is": (
+        {"operations": (m.SlotOperation(action="copy", slot=1, length=2**31 - 1, source=0),)},
+        "slot 1 cannot begin with 2,147,483,647",
+    ),
     "more slots than are kept": (
         {
             "segments": tuple(
@@ -429,7 +441,7 @@ def test_logits_that_no_answer_carries_are_not_computed(
     """A vocabulary of 128 k reaches the real limit with 262 positions; this one is tiny."""
     expected = attacked.logits()
     with monkeypatch.context() as patch:
-        patch.setattr("engine.cluster.stepping.MAX_LOGITS_BYTES", 5 * 99 * 4 - 1)
+        patch.setattr("engine.cluster.messages.MAX_LOGITS_BYTES", 5 * 99 * 4 - 1)
         attacked.say(attacked.good_step(), attacked.checkpoint.embed(IDS))
         assert "logits of 5 positions are 1,980 bytes" in attacked.hear(m.Failed)[0].message
     np.testing.assert_array_equal(attacked.logits(), expected)

@@ -146,7 +146,8 @@ class RunnerMachine(RuleBasedStateMachine):
         rows=st.integers(0, 6),
         offsets=st.lists(st.integers(0, 6), max_size=3),
         kind=st.sampled_from(["prompt", "generated"]),
-        action=st.sampled_from(["free", "truncate"]),
+        action=st.sampled_from(["free", "truncate", "copy"]),
+        source=st.integers(0, 3),
     )
     def step(
         self,
@@ -157,11 +158,12 @@ class RunnerMachine(RuleBasedStateMachine):
         offsets: list[int],
         kind: str,
         action: Any,
+        source: int,
     ) -> None:
         part = segment(
             slot=slot, first_position=position, token_count=count, logit_offsets=tuple(offsets)
         )
-        operation = m.SlotOperation(action=action, slot=slot, length=position)
+        operation = m.SlotOperation(action=action, slot=slot, length=position, source=source)
         step = self.attacked.good_step(segments=(part,), operations=(operation,), kind=kind)
         self.attacked.say(step, np.ones((rows, self.checkpoint.config.width), np.float32))
 

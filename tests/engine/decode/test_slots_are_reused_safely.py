@@ -1,4 +1,4 @@
-"""What an ended conversation left in a slot is taken over only where it is a true beginning."""
+"""What a slot holds is taken over or copied only where it is a true beginning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cluster.messages import SlotOperation
-from engine.decode.slots import MAX_KEPT, MIN_REUSED, Slots, common_length
+from engine.decode.slots import MAX_KEPT, MIN_REUSED, Held, Slots, common_length, without_copies
 
 WINDOW = 60
 ROOM = 15
@@ -22,6 +22,12 @@ class Cache:
         for operation in operations:
             if operation.action == "free":
                 self.ids.pop(operation.slot, None)
+            elif operation.action == "copy":
+                assert operation.slot not in self.ids
+                assert operation.source != operation.slot
+                source = self.ids[operation.source]
+                assert operation.length <= len(source)
+                self.ids[operation.slot] = source[: operation.length]
             else:
                 self.ids[operation.slot] = self.ids[operation.slot][: operation.length]
 
@@ -43,14 +49,20 @@ def test_a_seat_holds_what_it_claims(actions: list[tuple[list[int], str, bool]])
     written: dict[int, int] = {}
     running: list[tuple[int, list[int], str]] = []
     for ids, end, may_reuse in actions:
-        seat, operations = slots.take(ids, may_reuse=may_reuse)
-        before = written.get(seat.slot, 0) if seat.num_reused else 0
+        kept_before = {n: list(cache.ids[n]) for n in cache.ids}
+        in_use = [Held(slot, cache.ids[slot], written[slot]) for slot, _, _ in running]
+        seat, operations = slots.take(ids, may_reuse=may_reuse, in_use=in_use)
+        origin = next((o.source for o in operations if o.action == "copy"), seat.slot)
+        before = written.get(origin, 0) if seat.num_reused else 0
         assert seat.num_written == before
         for operation in operations:
             assert operation.slot == seat.slot
             assert can_truncate(before, operation.length)
         cache.apply(operations)
         held = cache.ids.setdefault(seat.slot, [])
+        # Nobody else's slot changes, and no kept one loses more than is gained.
+        assert all(cache.ids[n] == kept_before[n] for n in kept_before if n != seat.slot)
+        assert len(kept_before.get(seat.slot, [])) <= 2 * seat.num_reused
         assert held == ids[: seat.num_reused]
         assert seat.num_reused < len(ids)
         assert seat.num_reused == 0 or (may_reuse and seat.num_reused >= MIN_REUSED)
@@ -91,3 +103,36 @@ def test_the_longest_beginning_wins_and_the_last_token_is_always_computed() -> N
     again, operations = slots.take([1] * 20, may_reuse=True)
     assert again.num_reused == 19
     assert [(op.action, op.length) for op in operations] == [("truncate", 19)]
+
+
+def test_a_conversation_that_shares_a_small_part_gets_a_copy_and_the_other_stays() -> None:
+    slots = Slots(1000, lambda _written, _length: True)
+    system, first_chat = [1] * 30, [1] * 30 + [2] * 60
+    seat, _ = slots.take(first_chat, may_reuse=False)
+    slots.keep(seat.slot, first_chat, 90)
+    other, operations = slots.take([*system, 3, 3, 3], may_reuse=True)
+    assert other.num_reused == 30
+    assert other.slot != seat.slot
+    assert [(o.action, o.slot, o.source, o.length) for o in operations] == [
+        ("copy", other.slot, seat.slot, 30)
+    ]
+    again, operations = slots.take([*first_chat, 4], may_reuse=True)
+    assert (again.slot, again.num_reused, operations) == (seat.slot, 90, [])
+
+
+def test_what_a_running_conversation_has_computed_so_far_can_be_copied() -> None:
+    slots = Slots(0, lambda _written, _length: True)
+    first, _ = slots.take([5] * 40, may_reuse=True)
+    computed = Held(first.slot, [5] * 25, 25)
+    second, operations = slots.take([5] * 60, may_reuse=True, in_use=[computed])
+    assert second.num_reused == 25
+    assert [o.action for o in operations] == ["copy"]
+    _, operations = slots.take([5] * 60, may_reuse=False, in_use=[computed])
+    assert operations == []
+
+
+def test_after_a_step_that_failed_no_copy_is_asked_again() -> None:
+    free, cut = SlotOperation(action="free", slot=1), SlotOperation(action="truncate", slot=2)
+    copy = SlotOperation(action="copy", slot=3, length=9, source=2)
+    asked = without_copies([free, cut, copy])
+    assert asked == [free, cut, SlotOperation(action="free", slot=3)]

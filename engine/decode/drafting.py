@@ -1,0 +1,78 @@
+"""Guesses at the next tokens of an answer, to be verified together in one step.
+
+In: the known ids. Out: ids that may follow. A guess costs nothing but the step that verifies it and
+changes no token: what the model would have chosen is chosen. It computes no layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+# Tokens of a match, the surest first; one token alone is followed by anything.
+MATCH_LENGTHS = (4, 3, 2)
+# Even a sure guess is verified in steps short enough to stream.
+MAX_DRAFT = 15
+# Of a longer prompt only the end is looked through: it would take noticeable time and memory.
+MAX_INDEXED = 1 << 15
+
+
+class Draft(NamedTuple):
+    """A guess.
+
+    Attributes:
+        ids: what may follow the known ids, the next one first; may be empty.
+        source: where it comes from, larger for surer ones; the acceptance of each is counted apart.
+    """
+
+    ids: list[int]
+    source: int
+
+
+class Drafter(Protocol):
+    """Whoever guesses for one sequence."""
+
+    def draft(self, ids: Sequence[int], limit: int) -> Draft:
+        """Guess what follows.
+
+        Args:
+            ids: prompt and answer so far; each call has all ids of the call before.
+            limit: tokens at most.
+        """
+        ...
+
+
+class PromptLookup:
+    """Guesses that what followed the last few tokens before follows them again.
+
+    Source: prompt lookup decoding (A. Saxena, 2023); the n-gram case of arXiv 2304.04487.
+    """
+
+    def __init__(self) -> None:
+        """Know no ids yet."""
+        # For each match length: the tokens of a run, and where its latest one ends.
+        self._ends: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in MATCH_LENGTHS}
+        self._num_indexed = 0
+
+    def draft(self, ids: Sequence[int], limit: int) -> Draft:
+        """What followed the latest earlier occurrence of the longest known run of last tokens."""
+        self._index(ids)
+        for length in MATCH_LENGTHS:
+            start = self._ends[length].get(tuple(ids[-length:]))
+            if start is not None:
+                return Draft(_continue(ids, start, limit), length)
+        return Draft([], 0)
+
+    def _index(self, ids: Sequence[int]) -> None:
+        """Note every run that has a successor: the last one would only find itself."""
+        for end in range(max(self._num_indexed, len(ids) - MAX_INDEXED), len(ids)):
+            for length in MATCH_LENGTHS:
+                if end >= length:
+                    self._ends[length][tuple(ids[end - length : end])] = end
+        self._num_indexed = len(ids)
+
+
+def _continue(ids: Sequence[int], start: int, limit: int) -> list[int]:
+    """Ids from `start` on; where they end, the guess is that they repeat."""
+    period = len(ids) - start
+    return [ids[start + n % period] for n in range(limit)]

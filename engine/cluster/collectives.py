@@ -146,6 +146,7 @@ class Way:
         needed: whose finished tokens make up the result, in the order of the tokens.
         others: contributors besides this device.
         adds: whether this device adds parts up.
+        is_swap: whether everyone gives everyone its partial sum, and that is all.
     """
 
     table: RowHandOver
@@ -155,6 +156,7 @@ class Way:
     needed: tuple[int, ...]
     others: tuple[int, ...]
     adds: bool
+    is_swap: bool = False
 
 
 def way_of(table: RowHandOver, me: int, num_tokens: int, width: int, wire: str) -> Way:
@@ -168,7 +170,8 @@ def way_of(table: RowHandOver, me: int, num_tokens: int, width: int, wire: str) 
     if not is_scattered(table, num_tokens, width, wire):
         whole = {receiver: (0, num_tokens) for receiver in table.receivers}
         adds = table.receives and bool(others)
-        return Way(table, table.is_alone, False, whole, (me,), others, adds)
+        is_swap = adds and table.contributes and table.contributors == table.receivers
+        return Way(table, table.is_alone, False, whole, (me,), others, adds, is_swap)
     parts = zip(table.owners, token_parts(num_tokens, len(table.owners)), strict=True)
     targets = {owner: part for owner, part in parts if part[0] < part[1]}
     # Who holds the whole sum needs nobody.

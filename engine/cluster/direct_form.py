@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +17,14 @@ import numpy as np
 from engine.cluster import messages as m
 from engine.errors import ProtocolError
 
-# Version, epoch, step, row, piece, device, bits, tensors, two times.
-_FIELDS = struct.Struct("<HQQIIIBBqq")
-# Dtype, rows, columns. Both forms are of whole float32, so that tensors lie where numpy is quick.
+# Version, epoch, step, row, piece, device, bits, tensors.
+_FIELDS = struct.Struct("<HQQIIIBB")
+# Dtype, rows, columns.
 _TENSOR = struct.Struct("<III")
-_IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL, _HAS_HEARD = 1, 2, 4, 8
+# All forms are of whole float32, so that tensors lie where numpy is quick.
+_TIMES = struct.Struct("<qq")
+_UNHEARD = -(1 << 63)
+_IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL = 1, 2, 4
 _MAX_TENSORS = 2
 _DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(m.NUMPY_TYPES[name])
@@ -42,9 +46,6 @@ def encode(message: m.HandOver, tensors: Sequence[m.Array]) -> list[bytes | m.Ar
         bits |= _HAS_PARTIAL
     if message.has_residual:
         bits |= _HAS_RESIDUAL
-    heard_ns = message.heard_ns
-    if heard_ns is not None:
-        bits |= _HAS_HEARD
     fields = _FIELDS.pack(
         m.PROTOCOL_VERSION,
         message.epoch,
@@ -54,11 +55,51 @@ def encode(message: m.HandOver, tensors: Sequence[m.Array]) -> list[bytes | m.Ar
         message.device_index,
         bits,
         len(tensors),
-        message.sent_ns,
-        heard_ns or 0,
     )
     specs = [_TENSOR.pack(_CODES[tensor.dtype], *tensor.shape) for tensor in tensors]
-    return [fields, *specs, *tensors]
+    return [fields, *specs, times(message.sent_ns, message.heard_ns), *tensors]
+
+
+def part_head(
+    epoch: int,
+    step_id: int,
+    row: int,
+    device_index: int,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+) -> bytes:
+    """How the record of a lone partial sum of a step's only piece begins; `times` follow.
+
+    Whoever knows what must come compares instead of reading.
+    """
+    bits = _IS_PART | _HAS_PARTIAL
+    fields = _FIELDS.pack(m.PROTOCOL_VERSION, epoch, step_id, row, 0, device_index, bits, 1)
+    return fields + _TENSOR.pack(_CODES[dtype], *shape)
+
+
+def times(sent_ns: int, heard_ns: int | None) -> bytes:
+    """The end of a record's head."""
+    return _TIMES.pack(sent_ns, _UNHEARD if heard_ns is None else heard_ns)
+
+
+def read_times(record: bytes, place: int) -> tuple[int, int | None]:
+    """What `times` wrote."""
+    sent_ns, heard_ns = _TIMES.unpack_from(record, place)
+    return sent_ns, None if heard_ns == _UNHEARD else heard_ns
+
+
+def part_of(
+    record: bytes, head: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> m.Array | None:
+    """The tensor of a record that begins with `head`, a read-only view; None where it does not.
+
+    Args: dtype, shape: that `head` was made with.
+    """
+    place = len(head) + _TIMES.size
+    count = math.prod(shape)
+    if len(record) != place + count * dtype.itemsize or not record.startswith(head):
+        return None
+    return np.frombuffer(record, dtype, count, place).reshape(shape)
 
 
 def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
@@ -68,18 +109,17 @@ def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
     """
     if len(record) < _FIELDS.size:
         raise ProtocolError(f"a hand-over of {len(record)} bytes has no header")
-    version, epoch, step_id, row, piece, device_index, bits, count, sent_ns, heard_ns = (
-        _FIELDS.unpack_from(record)
-    )
+    version, epoch, step_id, row, piece, device_index, bits, count = _FIELDS.unpack_from(record)
     if version != m.PROTOCOL_VERSION:
         raise ProtocolError(f"a hand-over of protocol version {version}, not {m.PROTOCOL_VERSION}")
-    place = _FIELDS.size + count * _TENSOR.size
+    place = _FIELDS.size + count * _TENSOR.size + _TIMES.size
     if count > _MAX_TENSORS or len(record) < place:
         raise ProtocolError(f"a hand-over of {len(record)} bytes announces {count} tensors")
+    sent_ns, heard_ns = read_times(record, place - _TIMES.size)
     if (
         max(epoch, step_id) > _LARGEST_COUNT
         or max(row, piece, device_index) > _LARGEST_INDEX
-        or max(abs(sent_ns), abs(heard_ns)) > _LARGEST_NS
+        or max(abs(sent_ns), abs(heard_ns or 0)) > _LARGEST_NS
     ):
         raise ProtocolError("a hand-over has a number that is too large for what it counts")
     tensors: list[m.Array] = []
@@ -108,6 +148,6 @@ def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
         has_partial=bool(bits & _HAS_PARTIAL),
         has_residual=bool(bits & _HAS_RESIDUAL),
         sent_ns=sent_ns,
-        heard_ns=heard_ns if bits & _HAS_HEARD else None,
+        heard_ns=heard_ns,
     )
     return message, tensors

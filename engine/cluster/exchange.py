@@ -21,9 +21,11 @@ import numpy as np
 
 from engine.cluster.collectives import RowHandOver, Way, hand_over_table, way_of
 from engine.cluster.messages import Array, HandOver, expect_tensor
-from engine.cluster.peer_links import PeerLinks
+from engine.cluster.peer_links import DIRECT_BYTES, PeerLinks
 from engine.cluster.pieces import MAX_PIECES
 from engine.cluster.step_counters import Counters
+from engine.cluster.swap import LOOK_NS, Swap
+from engine.cluster.transport import Received
 from engine.cluster.wire_format import Activations, from_wire, to_wire
 from engine.errors import EngineError, ProtocolError
 from engine.model.batch import StepKind
@@ -31,10 +33,6 @@ from engine.plan.plan import Plan
 
 # The engine host notices a lost peer long before; this bounds the wait when the host is gone too.
 WAIT_SECONDS = 300.0
-# A poll that finds something takes less; what took longer came while nobody computed.
-SHORTEST_WAIT_NS = 50_000
-# A core waits awake for a small hand-over for so long.
-LOOK_NS = 50_000
 # Hand-overs that came before this device got there; more is no plan's.
 MAX_EARLY_BYTES = 1 << 30
 # Memory of a hand-over without its tensors, so that many without any count, too.
@@ -51,6 +49,7 @@ class _UnderWay:
         num_bytes: about what each peer sends for it.
         x, own: the residual stream and the rounded partial sum, where this device contributed.
         finished: what is known of the result, by who finished it.
+        is_quick: whether the next record of each other device's stream is all it waits for.
     """
 
     way: Way
@@ -60,6 +59,7 @@ class _UnderWay:
     x: Activations | None = None
     own: Array | None = None
     finished: dict[int, Activations] = field(default_factory=dict[int, Activations])
+    is_quick: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -115,6 +115,7 @@ class Exchange:
         self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array], int]] = {}
         self._early_bytes = 0
         self._under_way: dict[tuple[int, int], _UnderWay] = {}
+        self._swap = Swap(epoch, device_index, links)
 
     def row(self, row: int) -> RowHandOver:
         """What this device does after `row`."""
@@ -170,6 +171,12 @@ class Exchange:
                 self._table[row], me, num_tokens, self._width, self._wire
             )
         item = _UnderWay(way, row, piece, num_tokens * self._width * 4)
+        # With others under way, what comes next on a stream may be theirs.
+        item.is_quick = (
+            way.is_swap
+            and not (piece or self._under_way or self._early or self._checks_numbers)
+            and item.num_bytes <= DIRECT_BYTES
+        )
         if way.table.contributes:
             assert x is not None
             assert partial is not None
@@ -181,14 +188,19 @@ class Exchange:
                     "float16 holds; use wire float32 or bfloat16"
                 )
             item.x, item.own = x, own
-            self._send_parts(item)
+            if item.is_quick:
+                for target in self._swap.send(self._step_id, row, way, own, self.counters):
+                    self._send(target, item, "part", True, False, [own])
+            else:
+                self._send_parts(item)
             self.counters.serialise_ns += time.perf_counter_ns() - started
         if way.table.receives:
             is_first = not self._under_way
             self._under_way[row, piece] = item
-            self._go_on(item)
+            if not item.is_quick:
+                self._go_on(item)
             if not is_first:  # Others may wait for this device to add what came meanwhile.
-                while self._take_one(was_waited_for=False):
+                while self._take_one():
                     pass
 
     def finish(self, row: int, piece: int) -> Activations | None:
@@ -201,6 +213,8 @@ class Exchange:
         item = self._under_way.get((row, piece))
         if item is None:
             return None
+        if item.is_quick and not item.is_done:
+            self._finish_swap(item)
         deadline = 0.0
         while not item.is_done:
             # Not tried first: what is there already makes the wait a short one.
@@ -212,7 +226,7 @@ class Exchange:
             waited = time.perf_counter_ns() - started
             self.counters.wait_ns += waited
             self.counters.link(missing).wait_ns += waited
-            if self._take_one(was_waited_for=waited > SHORTEST_WAIT_NS):
+            if self._take_one(waited):
                 continue
             self.links.check()
             now = time.monotonic()
@@ -225,13 +239,30 @@ class Exchange:
         del self._under_way[row, piece]
         return item.result
 
+    def _finish_swap(self, item: _UnderWay) -> None:
+        """Finish, if the others' parts are what comes next; else go on as ever."""
+        assert item.own is not None
+        assert item.x is not None
+        parts, records = self._swap.receive(
+            self._step_id, item.row, item.way, item.own, self.counters
+        )
+        if parts is None:
+            for index, record in records.items():
+                self._keep(self.links.read_record(index, record))
+            self._go_on(item)
+            return
+        total = from_wire(parts[0])
+        for part in parts[1:]:
+            total = total + from_wire(part)
+        item.finished[self.device_index] = self._add(item.row, item.x, total)
+
     def take_early(self) -> None:
         """While idle: answer pings, and keep what quicker peers sent for the next step.
 
         Raises: ProtocolError: a peer sent something that no plan asks for.
         """
         for _ in range(MAX_TAKEN_EARLY):  # The engine host is heard in between.
-            if not self._take_one(was_waited_for=False):
+            if not self._take_one():
                 return
 
     def give_up(self, step_id: int) -> None:
@@ -390,14 +421,22 @@ class Exchange:
                     )
         return tensors
 
-    def _take_one(self, *, was_waited_for: bool) -> bool:
+    def _take_one(self, waited_ns: int = 0) -> bool:
         """Take one hand-over from the inbox; False when it is empty."""
-        received = self.links.receive(was_waited_for=was_waited_for)
+        received = self.links.receive(waited_ns)
         if received is None:
             return False
+        self._keep(received)
+        return True
+
+    def _keep(self, received: Received[HandOver]) -> None:
+        """Keep what came until its hand-over takes it, which may be now.
+
+        Raises: ProtocolError: the plan asks for no such thing, or too much has come.
+        """
         message = received.message
         if message.step_id < self._step_id:
-            return True  # Late, from a step that was aborted.
+            return  # Late, from a step that was aborted.
         is_known = 0 <= message.row < len(self._table) and 0 <= message.piece < MAX_PIECES
         if is_known:
             table = self._table[message.row]
@@ -433,7 +472,6 @@ class Exchange:
         item = self._under_way.get((message.row, message.piece))
         if item is not None and message.step_id == self._step_id:
             self._go_on(item)
-        return True
 
     def _forget(self, key: tuple[int, int, int, _Phase, int]) -> tuple[HandOver, list[Array], int]:
         held = self._early.pop(key)

@@ -36,6 +36,9 @@ _FIRST_TRANSFER = 64 << 10
 # Tensors of a hand-over that goes by a direct stream; larger ones are sealed and sent by libzmq's
 # threads while this one computes.
 DIRECT_BYTES = 64 << 10
+# A poll that finds something takes less; what took longer came while nobody computed, so that its
+# arrival is now and says something about the link.
+SHORTEST_WAIT_NS = 50_000
 # Messages in a row that are not hand-overs of this epoch.
 MAX_PASSED_OVER = 200
 _ENDED = "its connection broke"
@@ -154,11 +157,7 @@ class PeerLinks:
         num_bytes = sum([tensor.nbytes for tensor in tensors])
         if num_bytes > DIRECT_BYTES:
             return 0
-        try:
-            is_taken = self.direct.send(index, direct_form.encode(message, tensors))
-        except StreamEndedError:
-            self._end_stream(index)
-            return 0  # libzmq says what became of the peer.
+        is_taken = self.send_record(index, direct_form.encode(message, tensors))
         return num_bytes if is_taken else 0
 
     def _end_stream(self, index: int) -> None:
@@ -168,6 +167,59 @@ class PeerLinks:
     def comes_directly(self, index: int, num_bytes: int) -> bool:
         """Whether a hand-over of so many bytes from a peer is likely to come by a stream."""
         return num_bytes <= DIRECT_BYTES and index in self.direct.streams
+
+    def send_record(self, index: int, parts: Sequence[Any]) -> bool:
+        """Send a record of `direct_form` by a peer's stream; False where it has to go another way.
+
+        Args: parts: of DIRECT_BYTES and a head, together.
+        """
+        try:
+            return index in self.direct.streams and self.direct.send(index, parts)
+        except StreamEndedError:
+            self._end_stream(index)
+            return False  # libzmq says what became of the peer.
+
+    def next_record(self, index: int, nanoseconds: int) -> bytes | None:
+        """The next record of a peer's stream, if it comes within some time, without sleeping.
+
+        Raises: ProtocolError: something else came.
+        """
+        stream = self.direct.streams.get(index)
+        if stream is None:
+            return None
+        deadline = time.perf_counter_ns() + nanoseconds
+        try:
+            while True:
+                record = stream.receive()
+                if record is not None:
+                    return record
+                if time.perf_counter_ns() > deadline:
+                    return None
+                # A peer on the same core, or libzmq's threads, may have to run first.
+                os.sched_yield()
+        except StreamEndedError:
+            self._end_stream(index)
+            return None
+        except ProtocolError as error:
+            self._end_stream(index)
+            raise ProtocolError(f"{self._devices[index]}: {error}") from error
+
+    def read_record(self, index: int, record: bytes) -> Received[m.HandOver]:
+        """The hand-over of a peer's record.
+
+        Raises: ProtocolError: it is none, or not that peer's of this epoch.
+        """
+        try:
+            message, tensors = direct_form.decode(record)
+        except ProtocolError as error:
+            self._end_stream(index)
+            raise ProtocolError(f"{self._devices[index]}: {error}") from error
+        if (message.epoch, message.device_index) != (self._epoch, index):
+            raise ProtocolError(
+                f"{self._devices[index]} handed over as device {message.device_index} of "
+                f"epoch {message.epoch}; it is device {index} of epoch {self._epoch}"
+            )
+        return Received(message, tensors, b"")
 
     def look_for(self, nanoseconds: int) -> bool:
         """Look at the streams for some time without sleeping; whether one has something.
@@ -190,51 +242,44 @@ class PeerLinks:
             os.sched_yield()
 
     def _receive_directly(self) -> Received[m.HandOver] | None:
-        for index, stream in self.direct.streams.items():
-            try:
-                record = stream.receive()
-                if record is None:
-                    continue
-                message, tensors = direct_form.decode(record)
-            except StreamEndedError:
-                self._end_stream(index)
-                return None
-            except ProtocolError as error:
-                self._end_stream(index)
-                raise ProtocolError(f"{self._devices[index]}: {error}") from error
-            if (message.epoch, message.device_index) != (self._epoch, index):
-                raise ProtocolError(
-                    f"{self._devices[index]} handed over as device {message.device_index} of "
-                    f"epoch {message.epoch}; it is device {index} of epoch {self._epoch}"
-                )
-            return Received(message, tensors, b"")
+        for index in list(self.direct.streams):
+            record = self.next_record(index, 0)
+            if record is not None:
+                return self.read_record(index, record)
         return None
 
-    def _note_message(self, received: Received[m.HandOver]) -> None:
-        """A hand-over came while this thread waited for it: that says something about the link."""
-        message = received.message
-        self._estimates[message.device_index].take_message(
-            sum([tensor.nbytes for tensor in received.tensors]),
-            message.sent_ns,
-            time.monotonic_ns(),
-            message.heard_ns,
-        )
+    def note_message(
+        self, index: int, num_bytes: int, waited_ns: int, sent_ns: int, heard_ns: int | None
+    ) -> None:
+        """A hand-over came, after a wait for it.
 
-    def receive(self, *, was_waited_for: bool) -> Received[m.HandOver] | None:
+        Args:
+            sent_ns: by the peer's clock.
+            heard_ns: what it last heard of this device's hand-overs; see `HandOver`.
+        """
+        if waited_ns > SHORTEST_WAIT_NS:
+            now_ns = time.monotonic_ns()
+            self._estimates[index].take_message(num_bytes, sent_ns, now_ns, heard_ns)
+
+    def _note_received(self, received: Received[m.HandOver], waited_ns: int) -> None:
+        message = received.message
+        num_bytes = sum([tensor.nbytes for tensor in received.tensors])
+        index, sent_ns, heard_ns = message.device_index, message.sent_ns, message.heard_ns
+        self.note_message(index, num_bytes, waited_ns, sent_ns, heard_ns)
+
+    def receive(self, waited_ns: int = 0) -> Received[m.HandOver] | None:
         """The next hand-over of this epoch, if one is there; pings on the way are answered.
 
         A peer that sends without end does not keep this thread: after some messages it returns,
         though more may be there.
 
         Args:
-            was_waited_for: whether this thread was waiting when it came, so that its arrival is
-                now and says something about the link.
+            waited_ns: how long this thread had waited until now.
         Raises: ProtocolError, PeerRefused: a peer sent something else.
         """
         received = self._receive_directly() if self.direct.streams else None
         if received is not None:
-            if was_waited_for:
-                self._note_message(received)
+            self._note_received(received, waited_ns)
             return received
         for _ in range(MAX_PASSED_OVER):
             received = self._inbox.receive(0)
@@ -249,8 +294,7 @@ class PeerLinks:
                     f"{type(message).__name__} from device {index}, which is no peer of this plan"
                 )
             if isinstance(message, m.HandOver):
-                if was_waited_for:
-                    self._note_message(received)
+                self._note_received(received, waited_ns)
                 return received
             if isinstance(message, m.Ping):
                 self._answer(message)
@@ -326,7 +370,7 @@ class PeerLinks:
         deadline = time.monotonic() + ANSWER_SECONDS
         self.send(index, ping)
         while True:
-            received = self.receive(was_waited_for=False)
+            received = self.receive()
             if received is not None:
                 raise ProtocolError(
                     f"{self._devices[received.message.device_index]} handed over before the step"

@@ -193,7 +193,7 @@ class TorchExchange:
 
         Raises: ProtocolError: a peer sent something that no plan asks for.
         """
-        if self.links.receive(was_waited_for=False) is not None:
+        if self.links.receive() is not None:
             raise ProtocolError("a hand-over came by socket, but the plan's transport is torch")
 
     def give_up(self, step_id: int) -> None:

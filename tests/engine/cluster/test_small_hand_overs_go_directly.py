@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.cluster import direct_form
 from engine.cluster import messages as m
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.peer_links import DIRECT_BYTES
 from engine.errors import ProtocolError
-from tests.engine.cluster.exchange_members import EPOCH, WIDTH, Member, Members, plan_of_groups
+from tests.engine.cluster.exchange_members import (
+    EPOCH,
+    WIDTH,
+    Member,
+    Members,
+    add_doubled,
+    plan_of_groups,
+)
 from tests.engine.cluster.test_exchange_measures_its_links import measure_together
 
 pytestmark = pytest.mark.network
@@ -63,6 +73,74 @@ def test_the_bits_are_those_of_the_other_way(members: Members, num_tokens: int) 
         assert np.array_equal(one, direct[0])
 
 
+def test_parts_that_are_late_or_early_are_added_in_their_order(members: Members) -> None:
+    """Longer than a device looks for one: then it sleeps, and takes what came meanwhile."""
+
+    def walk(member: Member) -> list[m.Array]:
+        found: list[m.Array] = []
+        random = np.random.default_rng(7)
+        for step_id in range(1, 31):
+            member.exchange.begin_step(step_id, "generated")
+            stream = np.ones((1 + step_id % 3, WIDTH), np.float32)
+            for row in range(PLAN.shape.num_rows - 1):
+                late = int(random.integers(4))  # The same for all; nobody is 3.
+                parts = random.standard_normal((3, *stream.shape)).astype(np.float32)
+                if late == member.index:
+                    time.sleep(0.003)
+                handed = member.exchange.hand_over(row, stream, parts[member.index], len(stream))
+                assert handed is not None
+                total = parts[0] + parts[1] + parts[2]
+                assert np.array_equal(handed, add_doubled(row, stream, total))
+                stream = handed / np.float32(np.abs(handed).max())
+            found.append(stream)
+        return found
+
+    first, *others = members.all_do(walk)
+    for other in others:
+        assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_part_of_another_step_size_or_row_is_no_part() -> None:
+    own = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    head = direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape)
+    record = b"".join([head, direct_form.times(5, None), own])
+    part = direct_form.part_of(record, head, own.dtype, own.shape)
+    assert part is not None
+    assert np.array_equal(part, own)
+    assert direct_form.read_times(record, len(head)) == (5, None)
+    message, (tensor,) = direct_form.decode(record)
+    assert (message.step_id, message.row, message.device_index) == (4, 1, 2)
+    assert np.array_equal(tensor, own)
+    for changed in ((EPOCH + 1, 4, 1, 2), (EPOCH, 5, 1, 2), (EPOCH, 4, 0, 2), (EPOCH, 4, 1, 1)):
+        other = direct_form.part_head(*changed, own.dtype, own.shape)
+        assert direct_form.part_of(record, other, own.dtype, own.shape) is None
+    assert direct_form.part_of(record[:-4], head, own.dtype, own.shape) is None
+    assert direct_form.part_of(record + b"more", head, own.dtype, own.shape) is None
+
+
+@given(st.data())
+def test_a_damaged_record_is_refused_or_read_never_worse(data: st.DataObject) -> None:
+    own = np.ones((1, WIDTH), np.float16)
+    record = b"".join(
+        [
+            direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape),
+            direct_form.times(5, 6),
+            own,
+        ]
+    )
+    changed = bytearray(record[: data.draw(st.integers(0, len(record)))])
+    for _ in range(data.draw(st.integers(0, 3))):
+        if changed:
+            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        message, tensors = direct_form.decode(bytes(changed))
+    except ProtocolError as error:
+        assert "\n" not in str(error)
+        return
+    assert message.row >= 0
+    assert sum(tensor.nbytes for tensor in tensors) <= len(changed)
+
+
 def test_a_stream_carries_only_its_own_peers_hand_overs_of_this_epoch(members: Members) -> None:
     first, second, _ = members.members
     assert first.links is not None
@@ -82,7 +160,7 @@ def test_a_stream_carries_only_its_own_peers_hand_overs_of_this_epoch(members: M
         assert second.links.direct.send(0, direct_form.encode(forged, []))
         assert first.links.look_for(5_000_000_000)
         with pytest.raises(ProtocolError, match="node-1/cpu handed over as device"):
-            first.links.receive(was_waited_for=False)
+            first.links.receive()
 
 
 def test_no_peer_offers_twice_or_out_of_turn(members: Members) -> None:
@@ -97,7 +175,7 @@ def test_no_peer_offers_twice_or_out_of_turn(members: Members) -> None:
         sender.links.send(receiver.index, offer)
         receiver.wait(5.0)
         with pytest.raises(ProtocolError, match="offers a stream"):
-            receiver.links.receive(was_waited_for=False)
+            receiver.links.receive()
 
 
 def test_strangers_get_no_stream_and_keep_nobody_out() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import socket
@@ -22,6 +23,9 @@ import psutil
 from engine.cluster.messages import DeviceInfo, ProcessUsage, Telemetry
 from workers.cpu_sensors import CpuSensors
 from workers.gpus import Gpus
+
+# Memory and processes cost most of a reading, and nobody watches them change ten times a second.
+MEMORY_SECONDS = 0.5
 
 
 def usable_cores() -> int:
@@ -106,12 +110,14 @@ class _Watched:
 class Meter:
     """Measures use since its last reading."""
 
-    def __init__(self, node_name: str) -> None:
+    def __init__(self, node_name: str, memory_seconds: float = MEMORY_SECONDS) -> None:
         """Take the first reading, which later ones compare with.
 
         Args:
             node_name: what the names of this node's GPUs begin with.
+            memory_seconds: memory and processes are looked at no more often.
         """
+        self._memory_seconds = memory_seconds
         self._node_name = node_name
         self._gpus = Gpus()
         self._sensors = CpuSensors()
@@ -119,16 +125,25 @@ class Meter:
         self._processes: dict[int, _Watched] = {}
         self._network_at = time.monotonic()
         self._network = _network_bytes()
+        self._memory_at = -math.inf
+        self._memory = psutil.virtual_memory()
+        self._roles: dict[int, str] = {}
+        self._usages: tuple[ProcessUsage, ...] = ()
         psutil.cpu_percent()
 
     def read(self, roles: Mapping[int, str]) -> Telemetry:
-        """Use since the last call.
+        """Use since the last call; memory and processes perhaps of a little earlier.
 
         Args:
             roles: what each watched process id does.
         """
-        memory = psutil.virtual_memory()
         network, now = _network_bytes(), time.monotonic()
+        if now - self._memory_at >= self._memory_seconds or roles != self._roles:
+            self._memory_at, self._roles = now, dict(roles)
+            self._memory = psutil.virtual_memory()
+            usages = [self._read_process(pid, role, now) for pid, role in roles.items()]
+            self._usages = tuple(usage for usage in usages if usage is not None)
+        memory = self._memory
         seconds = max(now - self._network_at, 1e-3)
         before, self._network, self._network_at = self._network, network, now
         return Telemetry(
@@ -137,11 +152,7 @@ class Meter:
             memory_total_bytes=memory.total,
             network_in_bytes_per_second=max(network[0] - before[0], 0) / seconds,
             network_out_bytes_per_second=max(network[1] - before[1], 0) / seconds,
-            processes=tuple(
-                usage
-                for pid, role in roles.items()
-                if (usage := self._read_process(pid, role, now)) is not None
-            ),
+            processes=self._usages,
             cpu_temperature_c=self._sensors.temperature_c(),
             cpu_power_w=self._sensors.power_w(now),
             gpus=self._gpus.read(self._node_name),

@@ -183,7 +183,7 @@ def test_the_real_driver_tells_what_its_gpus_do() -> None:
 
 def test_a_busy_process_shows_and_one_that_ended_does_not() -> None:
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    meter = Meter("attic")
+    meter = Meter("attic", memory_seconds=0)
     try:
         roles = {busy.pid: "runner attic/cpu", os.getpid(): "worker"}
         first = meter.read(roles)
@@ -206,12 +206,21 @@ def test_a_busy_process_shows_and_one_that_ended_does_not() -> None:
     assert 0 < telemetry.memory_used_bytes < telemetry.memory_total_bytes
 
 
+def test_processes_are_looked_at_again_when_they_are_others_or_some_time_has_gone_by() -> None:
+    meter = Meter("attic", memory_seconds=3600)
+    own = {os.getpid(): "worker"}
+    first = meter.read(own)
+    assert meter.read(own).processes is first.processes
+    assert [usage.role for usage in meter.read({os.getpid(): "other"}).processes] == ["other"]
+    meter.close()
+
+
 def test_a_reading_costs_little() -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         for _ in range(NUM_PROCESSES)
     ]
-    meter = Meter("attic")
+    meter = Meter("attic", memory_seconds=0)
     try:
         roles = {process.pid: "runner" for process in processes}
         costs: list[float] = []

@@ -29,6 +29,7 @@ from engine.cluster.messages import Message
 from engine.cluster.plaintext import PLAINTEXT_VARIABLE
 from engine.host import messages as api
 from engine.host.telemetry_rate import RATE_VARIABLE
+from engine.kernels.available import has_native_kernels, kernels_in_use
 from engine.plan.plan import Plan, PlanShape
 from engine.session import Session, SessionOptions
 from engine.weights.checkpoint import open_checkpoint
@@ -293,14 +294,16 @@ def main() -> None:
     lines = [
         (
             f"`{model.name}`, prompt of {options.prompt_tokens} tokens, {options.generated_tokens} "
-            f"generated; medians of {options.rounds} rounds, ratios within a round."
+            f"generated; medians of {options.rounds} rounds, ratios within a round. Kernels: "
+            f"{kernels_in_use()}."
         ),
         "",
         *speed_lines(samples, rows),
         "",
         *load_lines(loads, ideal, rows),
     ]
-    machine.write("cluster", about, rows, lines)
+    name = "cluster" if has_native_kernels() else "cluster-torch"
+    machine.write(name, about, rows, lines)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,12 @@ import zmq
 
 from engine.cluster import messages as m
 from engine.cluster.plaintext import is_plaintext
-from engine.cluster.sealed_stream import KEY_BYTES, SealedStream, StreamEndedError
+from engine.cluster.sealed_stream import (
+    KEY_BYTES,
+    SealedStream,
+    StreamEndedError,
+    quickest_cipher,
+)
 from engine.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +85,7 @@ class DirectLinks:
                 epoch=epoch,
                 device_index=self._index,
                 port=port,
+                cipher=quickest_cipher(),
                 key_there=awaited.receive_key,
                 key_back=awaited.send_key,
             )
@@ -103,7 +109,7 @@ class DirectLinks:
         keys = (
             (None, None) if is_plaintext(exchange_endpoint) else (offer.key_there, offer.key_back)
         )
-        stream = SealedStream(connected, *keys)
+        stream = SealedStream(connected, offer.cipher, *keys)
         self._keep(index, stream)
         try:
             stream.send([_GREETING])
@@ -187,7 +193,7 @@ class DirectLinks:
             return False
         is_plain = is_plaintext(self._endpoint)
         keys = (None, None) if is_plain else (awaited.send_key, awaited.receive_key)
-        stream = SealedStream(connected, *keys)
+        stream = SealedStream(connected, quickest_cipher(), *keys)
         if not _greets(stream, lambda: deadline - time.monotonic()):
             stream.close()
             return False

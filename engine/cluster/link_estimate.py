@@ -24,6 +24,7 @@ class _Best:
 
     def __init__(self, choose: Callable[[float, float], float]) -> None:
         self._choose = choose
+        self.value: float | None = None
         self._values: list[float | None] = [None, None]
         self._window = 0
 
@@ -33,14 +34,9 @@ class _Best:
             self._values = [None, self._values[0] if window == self._window + 1 else None]
             self._window = window
         current = self._values[0]
-        self._values[0] = value if current is None else self._choose(current, value)
-
-    @property
-    def value(self) -> float | None:
-        known = [value for value in self._values if value is not None]
-        if len(known) == 2:
-            return self._choose(*known)
-        return known[0] if known else None
+        current = self._values[0] = value if current is None else self._choose(current, value)
+        before = self._values[1]
+        self.value = current if before is None else self._choose(current, before)
 
 
 class LinkEstimate:

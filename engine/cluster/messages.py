@@ -579,6 +579,7 @@ class DirectOffer(Message, frozen=True):
     epoch: Count
     device_index: Index
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    cipher: Literal["chacha20-poly1305", "aes-256-gcm"]
     key_there: StreamKey
     key_back: StreamKey
 

@@ -10,19 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.cluster.sealed_stream import MAX_RECORD_BYTES, SealedStream, StreamEndedError
+from engine.cluster.sealed_stream import (
+    CIPHERS,
+    MAX_RECORD_BYTES,
+    Cipher,
+    SealedStream,
+    StreamEndedError,
+)
 from engine.errors import ProtocolError
 
 KEYS = (b"a" * 32, b"b" * 32)
+CIPHER: Cipher = "chacha20-poly1305"
 
 
 class Ends:
     """Two ends of a connection, and what lies between them."""
 
-    def __init__(self, keys: tuple[bytes | None, bytes | None] = KEYS) -> None:
+    def __init__(
+        self, keys: tuple[bytes | None, bytes | None] = KEYS, cipher: Cipher = CIPHER
+    ) -> None:
         self.sockets = socket.socketpair()
-        self.near = SealedStream(self.sockets[0], *keys)
-        self.far = SealedStream(self.sockets[1], keys[1], keys[0])
+        self.near = SealedStream(self.sockets[0], cipher, *keys)
+        self.far = SealedStream(self.sockets[1], cipher, keys[1], keys[0])
 
     def close(self) -> None:
         self.near.close()
@@ -39,7 +48,7 @@ def ends() -> Iterator[Ends]:
 def sealed_record(record: bytes) -> bytes:
     """What one record looks like on its way, as the first of a stream."""
     near, between = socket.socketpair()
-    stream = SealedStream(near, *KEYS)
+    stream = SealedStream(near, CIPHER, *KEYS)
     with between:
         assert stream.send([record])
         found = between.recv(1 << 20)
@@ -47,9 +56,15 @@ def sealed_record(record: bytes) -> bytes:
     return found
 
 
-@given(st.lists(st.binary(min_size=1, max_size=3000), max_size=12), st.booleans())
-def test_records_come_in_order_both_ways(records: list[bytes], is_sealed: bool) -> None:
-    ends = Ends(KEYS if is_sealed else (None, None))
+@given(
+    st.lists(st.binary(min_size=1, max_size=3000), max_size=12),
+    st.booleans(),
+    st.sampled_from(sorted(CIPHERS)),
+)
+def test_records_come_in_order_both_ways(
+    records: list[bytes], is_sealed: bool, cipher: Cipher
+) -> None:
+    ends = Ends(KEYS if is_sealed else (None, None), cipher)
     try:
         for record in records:
             assert ends.near.send([record[:1], record[1:]])

@@ -103,7 +103,7 @@ def test_parts_that_are_late_or_early_are_added_in_their_order(members: Members)
 def test_a_part_of_another_step_size_or_row_is_no_part() -> None:
     own = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
     head = direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape)
-    record = b"".join([head, direct_form.times(5, None), own])
+    record = b"".join([head, direct_form.times(5, None), own.tobytes()])
     part = direct_form.part_of(record, head, own.dtype, own.shape)
     assert part is not None
     assert np.array_equal(part, own)
@@ -125,7 +125,7 @@ def test_a_damaged_record_is_refused_or_read_never_worse(data: st.DataObject) ->
         [
             direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape),
             direct_form.times(5, 6),
-            own,
+            own.tobytes(),
         ]
     )
     changed = bytearray(record[: data.draw(st.integers(0, len(record)))])
@@ -171,7 +171,9 @@ def test_no_peer_offers_twice_or_out_of_turn(members: Members) -> None:
     for sender, receiver in ((first, second), (second, first)):
         assert sender.links is not None
         assert receiver.links is not None
-        offer = m.DirectOffer(epoch=EPOCH, device_index=sender.index, port=9, **keys)
+        offer = m.DirectOffer(
+            epoch=EPOCH, device_index=sender.index, port=9, cipher="aes-256-gcm", **keys
+        )
         sender.links.send(receiver.index, offer)
         receiver.wait(5.0)
         with pytest.raises(ProtocolError, match="offers a stream"):
@@ -207,7 +209,10 @@ def test_a_port_that_nobody_reaches_is_done_without() -> None:
         assert links.offers(EPOCH, [1]) == {}
     far = DirectLinks(1, "tcp://127.0.0.1:*", zmq.Poller())
     keys = {"key_there": bytes(32), "key_back": bytes(32)}
-    far.dial(m.DirectOffer(epoch=EPOCH, device_index=0, port=port, **keys), "tcp://127.0.0.1:1")
+    far.dial(
+        m.DirectOffer(epoch=EPOCH, device_index=0, port=port, cipher="aes-256-gcm", **keys),
+        "tcp://127.0.0.1:1",
+    )
     assert far.streams == {}
     near = DirectLinks(0, "tcp://127.0.0.1:*", zmq.Poller())
     assert set(near.offers(EPOCH, [1])) == {1}

@@ -122,7 +122,7 @@ SpeculationOption = Annotated[
     Speculation,
     typer.Option(
         help="Verify guesses from the text so far, several in a step: where that measured faster, "
-        "always, or never. The answer is the same."
+        "always, or never. With --dtype float32 the answer is the same."
     ),
 ]
 LogprobsOption = Annotated[

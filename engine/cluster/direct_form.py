@@ -83,8 +83,13 @@ def times(sent_ns: int, heard_ns: int | None) -> bytes:
 
 
 def read_times(record: bytes, place: int) -> tuple[int, int | None]:
-    """What `times` wrote."""
+    """What `times` wrote.
+
+    Raises: ProtocolError: a number that is no time.
+    """
     sent_ns, heard_ns = _TIMES.unpack_from(record, place)
+    if abs(sent_ns) > _LARGEST_NS or (heard_ns != _UNHEARD and abs(heard_ns) > _LARGEST_NS):
+        raise ProtocolError(f"a hand-over was sent at {sent_ns} ns, which no clock shows")
     return sent_ns, None if heard_ns == _UNHEARD else heard_ns
 
 
@@ -116,11 +121,7 @@ def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:
     if count > _MAX_TENSORS or len(record) < place:
         raise ProtocolError(f"a hand-over of {len(record)} bytes announces {count} tensors")
     sent_ns, heard_ns = read_times(record, place - _TIMES.size)
-    if (
-        max(epoch, step_id) > _LARGEST_COUNT
-        or max(row, piece, device_index) > _LARGEST_INDEX
-        or max(abs(sent_ns), abs(heard_ns or 0)) > _LARGEST_NS
-    ):
+    if max(epoch, step_id) > _LARGEST_COUNT or max(row, piece, device_index) > _LARGEST_INDEX:
         raise ProtocolError("a hand-over has a number that is too large for what it counts")
     tensors: list[m.Array] = []
     for n in range(count):

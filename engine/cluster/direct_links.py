@@ -3,22 +3,24 @@
 A message through libzmq wakes its thread on both sides, and on two cores that costs more than
 everything else about it. So each pair of a plan's devices also opens one stream: the device with
 the lower index listens for it and tells the other, over the connection that has proved who both
-are, where and with which keys. A stream that cannot be opened (a firewall) is done without.
+are, where and with which keys. Both greet, so that either knows that the other has it. A stream
+that does not come about (a firewall) is done without.
 
-In: what peers offer. Out: one `SealedStream` per peer, and who of them is gone. What is said
-over them is not known here.
+In: what peers offer. Out: one `SealedStream` per peer. Nothing here waits. What is said over the
+streams is not known here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import select
 import socket
 import struct
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,38 +38,55 @@ from engine.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
-DIAL_SECONDS = 2.0
-# A stranger who found the port keeps others waiting no longer than this.
-GREETING_SECONDS = 0.5
-MAX_STRANGERS = 8
+# Connections whose other end has not said which peer it is; a new one drives the oldest out.
+MAX_STRANGERS = 16
 _INDEX = struct.Struct("<I")
 _GREETING = b"shardmix"
+_PROGRESS = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
 
 
-@dataclass(frozen=True, slots=True)
-class _Awaited:
-    """What the device of one stream will prove that it was told."""
+@dataclass(slots=True)
+class _Opening:
+    """A connection that may become a stream.
 
-    send_key: bytes
-    receive_key: bytes
+    Attributes:
+        offer: what a dialled one answers; None for one that came in.
+        stream: once it is connected, or has said which peer it is.
+    """
+
+    socket: socket.socket
+    index: int = -1
+    offer: m.DirectOffer | None = None
+    stream: SealedStream | None = None
 
 
 class DirectLinks:
-    """The streams of one device to the others of its plan."""
+    """The streams of one device to the others of its plan.
+
+    Attributes:
+        streams: by peer; both ends have greeted.
+    """
 
     def __init__(self, device_index: int, endpoint: str, poller: zmq.Poller) -> None:
         """Open nothing yet.
 
         Args:
             endpoint: where this device may listen, as `transport.listen` takes it, without a name.
-            poller: is told of every stream, so that whoever polls it wakes when one has something.
+            poller: is told of every socket, so that whoever polls it wakes when one has something.
         """
         self.streams: dict[int, SealedStream] = {}
         self._index = device_index
         self._endpoint = endpoint
         self._poller = poller
         self._listener: socket.socket | None = None
-        self._awaited: dict[int, _Awaited] = {}
+        self._awaited: dict[int, m.DirectOffer] = {}
+        self._offered: set[int] = set()
+        self._opening: list[_Opening] = []
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether a stream may still come about: `progress` is to be called."""
+        return bool(self._awaited) or any(one.offer is not None for one in self._opening)
 
     def offers(self, epoch: int, peers: Collection[int]) -> dict[int, m.DirectOffer]:
         """What to tell each peer that is to connect here; those before this device offer, too."""
@@ -76,67 +95,71 @@ class DirectLinks:
             self._listener = _listen(self._endpoint)
         if self._listener is None:
             return {}
+        self._poller.register(self._listener.fileno(), zmq.POLLIN)
         port = self._listener.getsockname()[1]
-        offers: dict[int, m.DirectOffer] = {}
         for index in later:
-            awaited = _Awaited(os.urandom(KEY_BYTES), os.urandom(KEY_BYTES))
-            self._awaited[index] = awaited
-            offers[index] = m.DirectOffer(
+            self._awaited[index] = m.DirectOffer(
                 epoch=epoch,
                 device_index=self._index,
                 port=port,
                 cipher=quickest_cipher(),
-                key_there=awaited.receive_key,
-                key_back=awaited.send_key,
+                key_there=os.urandom(KEY_BYTES),
+                key_back=os.urandom(KEY_BYTES),
             )
-        return offers
+        return dict(self._awaited)
 
     def dial(self, offer: m.DirectOffer, exchange_endpoint: str) -> None:
-        """Open the stream that a peer offers, on the computer that it is known to be on.
+        """Begin to open the stream that a peer offers, on the computer that it is known to be on.
 
-        Raises: ProtocolError: it is not the peer's turn to offer, or it has offered already.
+        Only the first offer counts: who makes another cannot take a stream away.
+
+        Raises: ProtocolError: it is not the peer's turn to offer.
         """
         index = offer.device_index
-        if index >= self._index or index in self.streams:
-            raise ProtocolError(f"device {index} offers a stream that this device did not expect")
+        if index >= self._index:
+            raise ProtocolError(f"device {index} offers a stream that this device is to offer")
+        if index in self._offered:
+            return
+        self._offered.add(index)
         host = exchange_endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        connecting = socket.socket(family, socket.SOCK_STREAM)
+        connecting.setblocking(False)
         try:
-            connected = socket.create_connection((host, offer.port), timeout=DIAL_SECONDS)
-            connected.sendall(_INDEX.pack(self._index))
-        except OSError as error:
-            logger.warning("no direct stream to device %d: %s", index, error.strerror or error)
+            code = connecting.connect_ex((host, offer.port))
+        except OSError as error:  # A name that is not known.
+            code = error.errno or errno.EINVAL
+        if code not in _PROGRESS:
+            logger.warning("no direct stream to device %d: %s", index, os.strerror(code))
+            connecting.close()
             return
-        keys = (
-            (None, None) if is_plaintext(exchange_endpoint) else (offer.key_there, offer.key_back)
-        )
-        stream = SealedStream(connected, offer.cipher, *keys)
-        self._keep(index, stream)
-        try:
-            stream.send([_GREETING])
-        except StreamEndedError:
-            self.drop(index)
+        self._opening.append(_Opening(connecting, index, offer))
+        self._poller.register(connecting.fileno(), zmq.POLLIN | zmq.POLLOUT)
 
-    def accept(self) -> None:
-        """Take the streams that peers have opened; the others are done without."""
-        if self._listener is None:
-            return
-        deadline = time.monotonic() + DIAL_SECONDS
-        strangers = 0
-        while self._awaited and strangers <= MAX_STRANGERS:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                break
-            self._listener.settimeout(remaining)
+    def progress(self) -> None:
+        """Do what can be done for streams that are not open yet."""
+        if self._listener is not None:
+            self._accept(self._listener)
+        for one in list(self._opening):
             try:
-                connected, _ = self._listener.accept()
-            except OSError:
-                break
-            strangers += not self._greet(connected)
+                if one.offer is not None:
+                    self._go_on_dialling(one, one.offer)
+                else:
+                    self._go_on_greeting(one)
+            except (OSError, StreamEndedError, ProtocolError) as error:
+                self._give_up(one, str(error))
+
+    def stop_opening(self) -> None:
+        """Do without the streams that have not come about."""
         for index in self._awaited:
             logger.warning("no direct stream from device %d: it did not connect", index)
         self._awaited.clear()
-        self._listener.close()
-        self._listener = None
+        for one in list(self._opening):
+            self._give_up(one, "it did not come about in time")
+        if self._listener is not None:
+            self._poller.unregister(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
 
     def send(self, index: int, parts: Sequence[Any]) -> bool:
         """Whether a peer's stream took a record; see `SealedStream.send`.
@@ -167,58 +190,83 @@ class DirectLinks:
             stream.close()
 
     def close(self) -> None:
-        """Close all streams."""
+        """Close everything."""
+        self._awaited.clear()
+        self.stop_opening()
         for index in list(self.streams):
             self.drop(index)
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
 
-    def _keep(self, index: int, stream: SealedStream) -> None:
-        self.streams[index] = stream
-        self._poller.register(stream.fileno(), zmq.POLLIN)
+    def _accept(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        while True:
+            try:
+                connected, _ = listener.accept()
+            except OSError:  # Nobody is there, or nobody any more.
+                return
+            connected.setblocking(False)
+            strangers = [one for one in self._opening if one.index < 0]
+            if len(strangers) >= MAX_STRANGERS:
+                self._give_up(strangers[0], "")
+            self._opening.append(_Opening(connected))
+            self._poller.register(connected.fileno(), zmq.POLLIN)
 
-    def _greet(self, connected: socket.socket) -> bool:
-        """Whether somebody proved to be an awaited peer; else the connection is closed."""
-        deadline = time.monotonic() + GREETING_SECONDS
-        connected.settimeout(GREETING_SECONDS)
-        try:
-            (index,) = _INDEX.unpack(_exactly(connected, _INDEX.size))
-        except (OSError, struct.error):
-            connected.close()
-            return False
-        awaited = self._awaited.get(index)
-        if awaited is None:
-            connected.close()
-            return False
-        is_plain = is_plaintext(self._endpoint)
-        keys = (None, None) if is_plain else (awaited.send_key, awaited.receive_key)
-        stream = SealedStream(connected, quickest_cipher(), *keys)
-        if not _greets(stream, lambda: deadline - time.monotonic()):
-            stream.close()
-            return False
-        del self._awaited[index]
-        self._keep(index, stream)
-        return True
+    def _go_on_dialling(self, one: _Opening, offer: m.DirectOffer) -> None:
+        """Say who this is once connected, and keep the stream once the peer has greeted."""
+        if one.stream is None:
+            if not select.select([], [one.socket], [one.socket], 0)[1]:
+                return
+            code = one.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            one.socket.send(_INDEX.pack(self._index))
+            keys = self._keys(offer.key_there, offer.key_back)
+            one.stream = SealedStream(one.socket, offer.cipher, *keys)
+            one.stream.send([_GREETING])
+            self._poller.modify(one.socket.fileno(), zmq.POLLIN)
+        if one.stream.receive_is(_GREETING):
+            self._keep(one, one.stream)
 
+    def _go_on_greeting(self, one: _Opening) -> None:
+        """Hear who has connected, and greet back whoever proves it."""
+        if one.stream is None:
+            try:
+                said = one.socket.recv(_INDEX.size, socket.MSG_PEEK)
+            except BlockingIOError:
+                return
+            if not said:
+                raise StreamEndedError("it left without a word")
+            if len(said) < _INDEX.size:
+                return
+            (index,) = _INDEX.unpack(one.socket.recv(_INDEX.size))
+            offer = self._awaited.get(index)
+            if offer is None:
+                raise StreamEndedError("it is no device that was asked")
+            one.index = index
+            keys = self._keys(offer.key_back, offer.key_there)
+            one.stream = SealedStream(one.socket, offer.cipher, *keys)
+        if one.stream.receive_is(_GREETING):
+            if one.index not in self._awaited:
+                raise StreamEndedError("it has a stream already")
+            one.stream.send([_GREETING])
+            del self._awaited[one.index]
+            self._keep(one, one.stream)
 
-def _greets(stream: SealedStream, remaining: Callable[[], float]) -> bool:
-    poller = zmq.Poller()
-    poller.register(stream.fileno(), zmq.POLLIN)
-    try:
-        while not stream.has_record():
-            if not poller.poll(max(0, int(remaining() * 1000))):
-                return False
-        return stream.receive() == _GREETING
-    except (StreamEndedError, ProtocolError):
-        return False
+    def _keep(self, one: _Opening, stream: SealedStream) -> None:
+        self._opening.remove(one)
+        self.streams[one.index] = stream
 
+    def _keys(self, send_key: bytes, receive_key: bytes) -> tuple[bytes | None, bytes | None]:
+        return (None, None) if self._is_plain() else (send_key, receive_key)
 
-def _exactly(connected: socket.socket, count: int) -> bytes:
-    found = b""
-    while len(found) < count and (part := connected.recv(count - len(found))):
-        found += part
-    return found
+    def _is_plain(self) -> bool:
+        return bool(self._endpoint) and is_plaintext(self._endpoint)
+
+    def _give_up(self, one: _Opening, reason: str) -> None:
+        if one.offer is not None:
+            logger.warning("no direct stream to device %d: %s", one.index, reason)
+        self._opening.remove(one)
+        self._poller.unregister(one.socket.fileno())
+        one.socket.close()
 
 
 def _listen(endpoint: str) -> socket.socket | None:
@@ -227,10 +275,11 @@ def _listen(endpoint: str) -> socket.socket | None:
     if found is None:
         return None
     host = "" if found[1] == "*" else found[1].strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     first = int(found[2] or 0)
     for port in range(first, int(found[3] or first) + 1):
         try:
-            return socket.create_server((host, port), reuse_port=False)
+            return socket.create_server((host, port), family=family)
         except OSError:
             continue
     logger.warning("no direct streams: no port of %s is free", endpoint)

@@ -33,6 +33,8 @@ from engine.plan.plan import Plan
 
 # The engine host notices a lost peer long before; this bounds the wait when the host is gone too.
 WAIT_SECONDS = 300.0
+# While messages come, the engine host is heard at least so often.
+HEAR_SECONDS = 0.05
 # Hand-overs that came before this device got there; more is no plan's.
 MAX_EARLY_BYTES = 1 << 30
 # Memory of a hand-over without its tensors, so that many without any count, too.
@@ -200,8 +202,9 @@ class Exchange:
             if not item.is_quick:
                 self._go_on(item)
             if not is_first:  # Others may wait for this device to add what came meanwhile.
-                while self._take_one():
-                    pass
+                for _ in range(MAX_TAKEN_EARLY):
+                    if not self._take_one():
+                        break
 
     def finish(self, row: int, piece: int) -> Activations | None:
         """The residual stream at the next row, of a piece; None without a share there.
@@ -215,23 +218,26 @@ class Exchange:
             return None
         if item.is_quick and not item.is_done:
             self._finish_swap(item)
-        deadline = 0.0
+        heard_at = time.monotonic()
+        deadline = heard_at + WAIT_SECONDS
         while not item.is_done:
             # Not tried first: what is there already makes the wait a short one.
             missing = self._missing(item)
             started = time.perf_counter_ns()
             is_direct = self.links.comes_directly(missing, item.num_bytes)
-            if not (is_direct and self.links.look_for(LOOK_NS)):
+            if not self.links.look_for(LOOK_NS if is_direct else 0):
                 self._wait(1.0)
+                heard_at = time.monotonic()
             waited = time.perf_counter_ns() - started
             self.counters.wait_ns += waited
             self.counters.link(missing).wait_ns += waited
-            if self._take_one(waited):
+            # A peer that sends without end must not keep this thread from the engine host.
+            if self._take_one(waited) and time.monotonic() - heard_at < HEAR_SECONDS:
                 continue
+            self._wait(0.0)
+            heard_at = time.monotonic()
             self.links.check()
-            now = time.monotonic()
-            deadline = deadline or now + WAIT_SECONDS
-            if now > deadline:
+            if heard_at > deadline:
                 what = self.plan.shape.row_name(row)
                 raise self.links.lost(
                     missing, f"it sent nothing for {what} in {WAIT_SECONDS:.0f} s"

@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ DIRECT_BYTES = 64 << 10
 SHORTEST_WAIT_NS = 50_000
 # Messages in a row that are not hand-overs of this epoch.
 MAX_PASSED_OVER = 200
+# From the last ping on; without a stream everything goes by libzmq.
+OPENING_SECONDS = 2.0
 _ENDED = "its connection broke"
 _LOSSES = {
     zmq.EVENT_DISCONNECTED: "its connection broke, or it is frozen",
@@ -50,6 +53,8 @@ _LOSSES = {
 }
 
 Wait = Callable[[float], None]
+# Windows has no such call; giving up the rest of a time slice is what it has.
+_let_others_run: Callable[[], object] = getattr(os, "sched_yield", partial(time.sleep, 0))
 
 
 class PeerLinks:
@@ -81,6 +86,7 @@ class PeerLinks:
         self._inbox = inbox
         self._poller = poller
         self.direct = DirectLinks(device_index, listen_endpoint, poller)
+        self._is_measuring = False
         self._endpoints = {peer.device_index: peer.exchange_endpoint for peer in peers}
         self._epoch = epoch
         self._index = device_index
@@ -160,9 +166,9 @@ class PeerLinks:
         is_taken = self.send_record(index, direct_form.encode(message, tensors))
         return num_bytes if is_taken else 0
 
-    def _end_stream(self, index: int) -> None:
+    def _end_stream(self, index: int, error: Exception) -> None:
         self.direct.drop(index)
-        self._losses.setdefault(index, _ENDED)
+        self._losses.setdefault(index, str(error) or _ENDED)
 
     def comes_directly(self, index: int, num_bytes: int) -> bool:
         """Whether a hand-over of so many bytes from a peer is likely to come by a stream."""
@@ -175,34 +181,28 @@ class PeerLinks:
         """
         try:
             return index in self.direct.streams and self.direct.send(index, parts)
-        except StreamEndedError:
-            self._end_stream(index)
+        except StreamEndedError as error:
+            self._end_stream(index, error)
             return False  # libzmq says what became of the peer.
 
-    def next_record(self, index: int, nanoseconds: int) -> bytes | None:
-        """The next record of a peer's stream, if it comes within some time, without sleeping.
+    def next_record(self, index: int, deadline_ns: int) -> bytes | None:
+        """The next record of a peer's stream, if it comes in time, without sleeping.
 
-        Raises: ProtocolError: something else came.
+        Args: deadline_ns: of `time.perf_counter_ns`.
         """
         stream = self.direct.streams.get(index)
         if stream is None:
             return None
-        deadline = time.perf_counter_ns() + nanoseconds
         try:
             while True:
                 record = stream.receive()
-                if record is not None:
+                if record is not None or time.perf_counter_ns() > deadline_ns:
                     return record
-                if time.perf_counter_ns() > deadline:
-                    return None
                 # A peer on the same core, or libzmq's threads, may have to run first.
-                os.sched_yield()
-        except StreamEndedError:
-            self._end_stream(index)
+                _let_others_run()
+        except StreamEndedError as error:
+            self._end_stream(index, error)
             return None
-        except ProtocolError as error:
-            self._end_stream(index)
-            raise ProtocolError(f"{self._devices[index]}: {error}") from error
 
     def read_record(self, index: int, record: bytes) -> Received[m.HandOver]:
         """The hand-over of a peer's record.
@@ -212,9 +212,10 @@ class PeerLinks:
         try:
             message, tensors = direct_form.decode(record)
         except ProtocolError as error:
-            self._end_stream(index)
+            self.direct.drop(index)
             raise ProtocolError(f"{self._devices[index]}: {error}") from error
         if (message.epoch, message.device_index) != (self._epoch, index):
+            self.direct.drop(index)
             raise ProtocolError(
                 f"{self._devices[index]} handed over as device {message.device_index} of "
                 f"epoch {message.epoch}; it is device {index} of epoch {self._epoch}"
@@ -233,17 +234,16 @@ class PeerLinks:
                 try:
                     if stream.has_record():
                         return True
-                except StreamEndedError:
-                    self._end_stream(index)
+                except StreamEndedError as error:
+                    self._end_stream(index, error)
                     return True  # `receive` finds nothing, and a wait what became of the peer.
             if time.perf_counter_ns() > deadline:
                 return False
-            # A peer on the same core, or libzmq's threads, may have to run first.
-            os.sched_yield()
+            _let_others_run()
 
     def _receive_directly(self) -> Received[m.HandOver] | None:
         for index in list(self.direct.streams):
-            record = self.next_record(index, 0)
+            record = self.next_record(index, 0)  # Only what is here.
             if record is not None:
                 return self.read_record(index, record)
         return None
@@ -277,6 +277,8 @@ class PeerLinks:
             waited_ns: how long this thread had waited until now.
         Raises: ProtocolError, PeerRefused: a peer sent something else.
         """
+        if self.direct.is_opening:
+            self.direct.progress()
         received = self._receive_directly() if self.direct.streams else None
         if received is not None:
             self._note_received(received, waited_ns)
@@ -299,6 +301,8 @@ class PeerLinks:
             if isinstance(message, m.Ping):
                 self._answer(message)
             elif isinstance(message, m.DirectOffer):
+                if not self._is_measuring:
+                    raise ProtocolError(f"{self._devices[index]} offers a stream out of turn")
                 self.direct.dial(message, self._endpoints[index])
             else:
                 arrived = sum(tensor.nbytes for tensor in received.tensors)
@@ -312,6 +316,7 @@ class PeerLinks:
             wait: returns when the inbox may hold something; takes seconds at most.
         Raises: WorkerLost: names the first peer that did not answer in ANSWER_SECONDS.
         """
+        self._is_measuring = True
         for index, offer in self.direct.offers(self._epoch, self._outboxes).items():
             self.send(index, offer)
         # Everyone begins with the device after itself, so that not all ask the same one at once.
@@ -330,7 +335,12 @@ class PeerLinks:
                 else:
                     num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)
         # Whoever has answered a ping has heard the offer before it.
-        self.direct.accept()
+        deadline = time.monotonic() + OPENING_SECONDS
+        while self.direct.is_opening and time.monotonic() < deadline:
+            wait(0.05)
+            self._take_no_hand_over()
+        self._is_measuring = False
+        self.direct.stop_opening()
         return self._figures(self._estimates)
 
     def fresh_figures(self) -> tuple[m.LinkFigures, ...]:
@@ -370,11 +380,7 @@ class PeerLinks:
         deadline = time.monotonic() + ANSWER_SECONDS
         self.send(index, ping)
         while True:
-            received = self.receive()
-            if received is not None:
-                raise ProtocolError(
-                    f"{self._devices[received.message.device_index]} handed over before the step"
-                )
+            self._take_no_hand_over()
             while self._pongs:
                 pong, arrived, arrived_ns = self._pongs.pop()
                 if (pong.device_index, pong.number, arrived) == (index, number, reply_bytes):
@@ -385,6 +391,14 @@ class PeerLinks:
             if index in self._losses:
                 raise self.lost(index, self._losses[index])
             wait(remaining)
+
+    def _take_no_hand_over(self) -> None:
+        """Answer what peers ask before the first step."""
+        received = self.receive()
+        if received is not None:
+            raise ProtocolError(
+                f"{self._devices[received.message.device_index]} handed over before the step"
+            )
 
     def _answer(self, ping: m.Ping) -> None:
         if not 0 <= ping.reply_bytes <= LARGEST_TRANSFER:

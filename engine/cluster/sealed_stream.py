@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import socket
 import struct
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-
-from engine.errors import ProtocolError
 
 KEY_BYTES = 32
 Cipher = Literal["chacha20-poly1305", "aes-256-gcm"]
@@ -34,6 +33,8 @@ CIPHERS: dict[Cipher, type[ChaCha20Poly1305 | AESGCM]] = {
 # What one record may hold: far less than fits between two records of a plan's rows, so that the
 # other end's socket takes it whole and nobody waits for both to read.
 MAX_RECORD_BYTES = 80 << 10
+# Seconds of silence, then between questions, how many, and milliseconds without an answer.
+_WATCHFUL = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 3000}
 _SOCKET_BYTES = 4 * MAX_RECORD_BYTES
 _TAG_BYTES = 16
 _LENGTH = struct.Struct("<I")
@@ -46,7 +47,10 @@ def quickest_cipher() -> Cipher:
     record, nonce = bytes(8192), bytes(12)
 
     def seconds(name: Cipher) -> float:
-        cipher = CIPHERS[name](bytes(KEY_BYTES))
+        try:
+            cipher = CIPHERS[name](bytes(KEY_BYTES))
+        except UnsupportedAlgorithm:  # As some organisations set up OpenSSL.
+            return math.inf
         found: list[float] = []
         for _ in range(20):
             started = time.perf_counter()
@@ -58,7 +62,7 @@ def quickest_cipher() -> Cipher:
 
 
 class StreamEndedError(Exception):
-    """The other end closed the connection, or it broke."""
+    """The other end closed the connection, or it broke, or somebody changed what came over it."""
 
 
 class SealedStream:
@@ -78,6 +82,12 @@ class SealedStream:
         connected.setblocking(False)
         with contextlib.suppress(OSError):  # Only TCP has it.
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A firewall that forgets the connection says nothing; libzmq's heartbeats are on another one.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _WATCHFUL.items():
+            if hasattr(socket, name):
+                with contextlib.suppress(OSError):
+                    connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
         self._socket = connected
@@ -135,18 +145,15 @@ class SealedStream:
     def has_record(self) -> bool:
         """Whether a whole record is here; reads what has come.
 
-        Raises:
-            StreamEndedError.
-            ProtocolError: a length that no record has.
+        Raises: StreamEndedError.
         """
         return self._record_end > 0 or (self._read() and self._find_record())
 
     def receive(self) -> bytes | None:
         """The next record, if it is here.
 
-        Raises:
-            StreamEndedError.
-            ProtocolError: what came is no record of the other end's.
+        Raises: StreamEndedError: also where what came is no record of the other end's: whoever can
+            change it can as well cut the connection.
         """
         if not self._record_end and not self.has_record():
             return None
@@ -157,7 +164,7 @@ class SealedStream:
             try:
                 record = self._opener.decrypt(_NONCE.pack(self._num_received), sealed, None)
             except InvalidTag:
-                raise ProtocolError(
+                raise StreamEndedError(
                     "a record was not sealed with the key agreed on: it was changed on its way, "
                     "or comes from somebody else"
                 ) from None
@@ -168,6 +175,16 @@ class SealedStream:
         else:
             self._find_record()
         return record
+
+    def receive_is(self, record: bytes) -> bool:
+        """Whether the next record is here, which must be this one.
+
+        Raises: StreamEndedError: also where it is another.
+        """
+        said = self.receive()
+        if said is not None and said != record:
+            raise StreamEndedError("it says something else than it must")
+        return said is not None
 
     def close(self) -> None:
         """Close the connection; what was not sent is dropped."""
@@ -182,7 +199,7 @@ class SealedStream:
             return False
         (length,) = _LENGTH.unpack_from(self._buffer, self._start)
         if not 0 < length <= MAX_RECORD_BYTES + _TAG_BYTES:
-            raise ProtocolError(
+            raise StreamEndedError(
                 f"a record of {length:,} bytes was announced, from 1 to "
                 f"{MAX_RECORD_BYTES + _TAG_BYTES:,} are read"
             )

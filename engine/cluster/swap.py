@@ -52,16 +52,17 @@ class Swap:
 
         Returns: all parts in device order, or None where one is not what comes next; and the
             records that came, by device.
-        Raises: ProtocolError: what came is no record.
+        Raises: ProtocolError: what came is no record of a hand-over.
         """
         links, records = self._links, dict[int, bytes]()
         parts: list[Array] = []
+        deadline_ns = time.perf_counter_ns() + LOOK_NS
         for index in way.table.contributors:
             if index == self._index:
                 parts.append(own)
                 continue
             started = time.perf_counter_ns()
-            record = links.next_record(index, LOOK_NS)
+            record = links.next_record(index, deadline_ns)
             waited = time.perf_counter_ns() - started
             traffic = counters.link(index)
             counters.wait_ns += waited

@@ -157,7 +157,7 @@ class Generate(Message, frozen=True):
             this number and position, so the members differ, and each can be had again alone.
         speculation: whether guesses at the next tokens, from text that prompt and answer already
             have, are verified several in a step: "auto" where that measured faster, "on" wherever
-            there is a guess. It changes no choice of a token.
+            there is a guess. With float32 weights it changes no choice of a token.
     """
 
     request_id: int

@@ -64,10 +64,10 @@ class OpenedModel:
             raise
         self._image_encoder = ImageEncoder(path) if self.config.vision is not None else None
         tensors = self.checkpoint.tensors.values()
-        self.dtype: ComputeDtype = (
-            auto_dtype(tensors, has_native_kernels()) if dtype == "auto" else dtype
-        )
         try:
+            self.dtype: ComputeDtype = (
+                auto_dtype(tensors, has_native_kernels()) if dtype == "auto" else dtype
+            )
             self.kv_window = choose_window(kv_window, os.environ, self.config.max_positions)
             self.kv_dtype: CacheDtype = choose_dtype(kv_dtype, os.environ, self.dtype)
         except ConfigError:

@@ -3,6 +3,7 @@
 #ifndef SHARDMIX_ELEMENT_KERNELS_H
 #define SHARDMIX_ELEMENT_KERNELS_H
 
+#include <math.h>
 #include <string.h>
 
 #include "panels.h"
@@ -72,6 +73,17 @@ static void rms_norm(const float *x, const float *weight, float epsilon, int64_t
                         [scale](auto value, auto) { return Isa::multiply(value, scale); });
 }
 
+// Whether no value is infinite or not a number. By their bits: x86's maximum forgets a NaN.
+static bool are_finite(const float *values) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < kGroup; ++i) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        found |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return !found;
+}
+
 template <class Isa>
 static void quantize(const float *x, int64_t block, int64_t first_group, int64_t end_group,
                      const QuantizedToken &token) {
@@ -84,13 +96,20 @@ static void quantize(const float *x, int64_t block, int64_t first_group, int64_t
             memcpy(padded, values, (size_t)left * sizeof(float));
             values = padded;
         }
+        int8_t *quants = token.quants + g * token.stride * kGroup;
+        if (!are_finite(values)) {  // They stay what they are, through every product.
+            memset(quants, 0, kGroup);
+            token.scales[g * token.stride] = NAN;
+            token.scaled_sums[g * token.stride] = NAN;
+            token.sums[g * token.stride] = 0;
+            continue;
+        }
         auto largest = Isa::splat(0.0f);
         for (int64_t i = 0; i < kGroup; i += Isa::kLanes)
             largest = Isa::maximum(largest, Isa::magnitude(Isa::load(values + i)));
         float magnitude = Isa::largest(largest);
         bool is_zero = !(magnitude >= kSmallestMagnitude);
         auto inverse = Isa::splat(is_zero ? 0.0f : 127.0f / magnitude);
-        int8_t *quants = token.quants + g * token.stride * kGroup;
         for (int64_t i = 0; i < kGroup; i += Isa::kLanes)
             Isa::store_rounded(quants + i, Isa::multiply(Isa::load(values + i), inverse));
         int32_t sum = 0;

@@ -17,7 +17,6 @@ from engine.cluster.sealed_stream import (
     SealedStream,
     StreamEndedError,
 )
-from engine.errors import ProtocolError
 
 KEYS = (b"a" * 32, b"b" * 32)
 CIPHER: Cipher = "chacha20-poly1305"
@@ -114,7 +113,7 @@ def test_a_changed_byte_is_refused(data: st.DataObject) -> None:
     ends = Ends()
     try:
         ends.sockets[0].send(sealed)
-        with pytest.raises(ProtocolError, match="was not sealed with the key"):
+        with pytest.raises(StreamEndedError, match="was not sealed with the key"):
             ends.far.receive()
     finally:
         ends.close()
@@ -124,20 +123,20 @@ def test_a_repeated_record_is_refused(ends: Ends) -> None:
     sealed = sealed_record(b"once")
     ends.sockets[0].send(sealed + sealed)
     assert ends.far.receive() == b"once"
-    with pytest.raises(ProtocolError):
+    with pytest.raises(StreamEndedError):
         ends.far.receive()
 
 
 def test_a_record_sent_back_to_its_sender_is_refused(ends: Ends) -> None:
     ends.sockets[1].send(sealed_record(b"mine"))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(StreamEndedError):
         ends.near.receive()
 
 
 @pytest.mark.parametrize("length", [0, MAX_RECORD_BYTES + 17, (1 << 32) - 1])
 def test_a_length_that_no_record_has_is_refused(ends: Ends, length: int) -> None:
     ends.sockets[0].send(length.to_bytes(4, "little") + b"more")
-    with pytest.raises(ProtocolError, match=f"a record of {length:,} bytes was announced"):
+    with pytest.raises(StreamEndedError, match=f"a record of {length:,} bytes was announced"):
         ends.far.receive()
 
 

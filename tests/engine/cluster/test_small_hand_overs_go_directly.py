@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from engine.cluster import direct_form
 from engine.cluster import messages as m
 from engine.cluster.direct_links import DirectLinks
+from engine.cluster.exchange import Exchange
 from engine.cluster.peer_links import DIRECT_BYTES
 from engine.errors import ProtocolError
 from tests.engine.cluster.exchange_members import (
@@ -141,43 +144,103 @@ def test_a_damaged_record_is_refused_or_read_never_worse(data: st.DataObject) ->
     assert sum(tensor.nbytes for tensor in tensors) <= len(changed)
 
 
-def test_a_stream_carries_only_its_own_peers_hand_overs_of_this_epoch(members: Members) -> None:
+@pytest.mark.parametrize(("index", "epoch"), [(2, EPOCH), (1, EPOCH + 1)])
+def test_a_stream_carries_only_its_own_peers_hand_overs_of_this_epoch(
+    members: Members, index: int, epoch: int
+) -> None:
     first, second, _ = members.members
     assert first.links is not None
     assert second.links is not None
-    for index, epoch in ((2, EPOCH), (1, EPOCH + 1)):
-        forged = m.HandOver(
-            epoch=epoch,
-            step_id=1,
-            row=0,
-            piece=0,
-            device_index=index,
-            phase="part",
-            has_partial=True,
-            has_residual=False,
-            sent_ns=0,
-        )
-        assert second.links.direct.send(0, direct_form.encode(forged, []))
-        assert first.links.look_for(5_000_000_000)
-        with pytest.raises(ProtocolError, match="node-1/cpu handed over as device"):
-            first.links.receive()
+    forged = m.HandOver(
+        epoch=epoch,
+        step_id=1,
+        row=0,
+        piece=0,
+        device_index=index,
+        phase="part",
+        has_partial=True,
+        has_residual=False,
+        sent_ns=0,
+    )
+    assert second.links.direct.send(0, direct_form.encode(forged, []))
+    assert first.links.look_for(5_000_000_000)
+    with pytest.raises(ProtocolError, match="node-1/cpu handed over as device"):
+        first.links.receive()
 
 
-def test_no_peer_offers_twice_or_out_of_turn(members: Members) -> None:
+def test_an_offer_out_of_turn_is_refused(members: Members) -> None:
     first, second, _ = members.members
-    assert first.links is not None
-    assert second.links is not None
-    keys = {"key_there": bytes(32), "key_back": bytes(32)}
     for sender, receiver in ((first, second), (second, first)):
         assert sender.links is not None
         assert receiver.links is not None
-        offer = m.DirectOffer(
-            epoch=EPOCH, device_index=sender.index, port=9, cipher="aes-256-gcm", **keys
-        )
-        sender.links.send(receiver.index, offer)
+        sender.links.send(receiver.index, offer_of(sender.index, 9))
         receiver.wait(5.0)
-        with pytest.raises(ProtocolError, match="offers a stream"):
+        with pytest.raises(ProtocolError, match="offers a stream out of turn"):
             receiver.links.receive()
+    later = DirectLinks(1, "", zmq.Poller())
+    with pytest.raises(ProtocolError, match="that this device is to offer"):
+        later.dial(offer_of(1, 9), "tcp://127.0.0.1:9")
+
+
+def test_a_time_that_no_clock_shows_is_refused(members: Members) -> None:
+    first, second, _ = members.members
+    assert second.links is not None
+    own = np.ones((SMALL, WIDTH), np.float32)
+    head = direct_form.part_head(EPOCH, 1, 0, 1, own.dtype, own.shape)
+    bad_times = (-(1 << 63)).to_bytes(8, "little", signed=True) + bytes(8)
+    assert second.links.direct.send(0, [head, bad_times, own])
+    first.exchange.begin_step(1, "generated")
+    with pytest.raises(ProtocolError, match="which no clock shows"):
+        first.exchange.hand_over(0, own, own, SMALL)
+
+
+def test_records_without_end_do_not_keep_the_engine_host_unheard(members: Members) -> None:
+    first, second, _ = members.members
+    assert second.links is not None
+    own = np.ones((SMALL, WIDTH), np.float32)
+    stale = [direct_form.part_head(EPOCH, 1, 0, 1, own.dtype, own.shape)]
+    stale += [direct_form.times(1, None), own]
+    ends = threading.Event()
+    stream = second.links.direct
+
+    def flood() -> None:
+        while not ends.is_set():
+            stream.send(0, stale)
+
+    class GivenUpError(Exception):
+        pass
+
+    heard = 0
+    wait = first.wait
+
+    def wait_and_hear(seconds: float) -> None:
+        nonlocal heard
+        wait(seconds)
+        heard += 1
+        if heard > 20:
+            raise GivenUpError
+
+    first.exchange = Exchange(
+        EPOCH, PLAN, 0, WIDTH, first.exchange.links, wait_and_hear, add_doubled
+    )
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    try:
+        first.exchange.begin_step(2, "generated")
+        with pytest.raises(GivenUpError):
+            first.exchange.hand_over(0, own, own, SMALL)
+    finally:
+        ends.set()
+        flooding.join()
+
+
+def open_both(near: DirectLinks, far: DirectLinks, poller: zmq.Poller) -> None:
+    """What two runners do in turns."""
+    deadline = time.monotonic() + 5
+    while (near.is_opening or far.is_opening) and time.monotonic() < deadline:
+        poller.poll(10)
+        near.progress()
+        far.progress()
 
 
 def test_strangers_get_no_stream_and_keep_nobody_out() -> None:
@@ -185,14 +248,17 @@ def test_strangers_get_no_stream_and_keep_nobody_out() -> None:
     near = DirectLinks(0, endpoint, poller)
     far = DirectLinks(1, endpoint, poller)
     offer = near.offers(EPOCH, [1])[1]
-    strangers = [socket.create_connection(("127.0.0.1", offer.port)) for _ in range(3)]
+    strangers = [socket.create_connection(("127.0.0.1", offer.port)) for _ in range(40)]
     strangers[0].sendall((1).to_bytes(4, "little") + b"\x18\0\0\0" + bytes(24))  # Without the key.
     strangers[1].sendall((7).to_bytes(4, "little"))
-    strangers[2].close()
+    strangers[2].close()  # The others say nothing.
     far.dial(offer, f"tcp://127.0.0.1:{offer.port}")
-    near.accept()
+    far.dial(offer_of(0, 9), "tcp://127.0.0.1:9")  # A second offer changes nothing.
+    open_both(near, far, poller)
+    near.stop_opening()
     try:
         assert set(near.streams) == {1}
+        assert set(far.streams) == {0}
         assert far.send(0, [b"hello"])
         while not near.streams[1].has_record():
             assert poller.poll(5000)
@@ -203,18 +269,48 @@ def test_strangers_get_no_stream_and_keep_nobody_out() -> None:
 
 
 def test_a_port_that_nobody_reaches_is_done_without() -> None:
+    poller = zmq.Poller()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        links = DirectLinks(0, f"tcp://127.0.0.1:{port}", zmq.Poller())
+        links = DirectLinks(0, f"tcp://127.0.0.1:{port}", poller)
         assert links.offers(EPOCH, [1]) == {}
-    far = DirectLinks(1, "tcp://127.0.0.1:*", zmq.Poller())
-    keys = {"key_there": bytes(32), "key_back": bytes(32)}
-    far.dial(
-        m.DirectOffer(epoch=EPOCH, device_index=0, port=port, cipher="aes-256-gcm", **keys),
-        "tcp://127.0.0.1:1",
-    )
-    assert far.streams == {}
-    near = DirectLinks(0, "tcp://127.0.0.1:*", zmq.Poller())
+    far = DirectLinks(1, "tcp://127.0.0.1:*", poller)
+    far.dial(offer_of(0, port), "tcp://127.0.0.1:1")
+    near = DirectLinks(0, "tcp://127.0.0.1:*", poller)
     assert set(near.offers(EPOCH, [1])) == {1}
-    near.accept()  # After a while.
-    assert near.streams == {}
+    deadline = time.monotonic() + 5
+    while far.is_opening and time.monotonic() < deadline:
+        poller.poll(10)
+        far.progress()
+    assert not far.is_opening
+    near.stop_opening()
+    assert near.streams == far.streams == {}
+
+
+def test_a_stream_whose_greeting_is_not_answered_is_no_loss() -> None:
+    """The listener may have given up before it saw the connection."""
+    poller = zmq.Poller()
+    far = DirectLinks(1, "", poller)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        far.dial(offer_of(0, deaf.getsockname()[1]), "tcp://127.0.0.1:1")
+        deadline = time.monotonic() + 5
+        while not select.select([deaf], [], [], 0)[0]:
+            assert time.monotonic() < deadline
+        far.progress()
+        assert far.streams == {}
+    while far.is_opening:
+        assert time.monotonic() < deadline
+        far.progress()
+    assert far.streams == {}
+
+
+def offer_of(device_index: int, port: int) -> m.DirectOffer:
+    """An offer that nobody means."""
+    return m.DirectOffer(
+        epoch=EPOCH,
+        device_index=device_index,
+        port=port,
+        cipher="aes-256-gcm",
+        key_there=bytes(32),
+        key_back=bytes(32),
+    )

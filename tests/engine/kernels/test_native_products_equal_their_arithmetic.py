@@ -112,3 +112,27 @@ def test_prompts_multiply_by_the_same_weights(library: NativeLibrary, format: st
     # bfloat16 units round both factors to 8 bits; float32 products stay far below that.
     allowed = np.abs(x.double().numpy()) @ np.abs(exact_values(matrix)).T * 2**-7  # type: ignore[arg-type]
     assert (np.abs(found - exact) <= allowed).all()
+
+
+@shared
+@given(**SHAPES, bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]), data=st.data())
+def test_what_is_no_number_stays_none(
+    library: NativeLibrary,
+    format: str,
+    rows: int,
+    blocks: int,
+    block: int,
+    seed: int,
+    bad: float,
+    data: st.DataObject,
+) -> None:
+    """Damaged weights must not end as an answer of plausible numbers."""
+    _, native = packed(library, format, rows, blocks, block, seed)
+    usable = [name for name, runs in library.instruction_sets.items() if runs]
+    library.use(data.draw(st.sampled_from(usable)))
+    x = torch.randn(2, blocks * block, generator=torch.Generator().manual_seed(seed))
+    whole = native.multiply(x, "generated")
+    x[1, data.draw(st.integers(0, blocks * block - 1))] = bad
+    found = native.multiply(x, "generated")
+    assert torch.equal(found[0], whole[0])
+    assert not found[1].isfinite().any()

@@ -45,6 +45,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("engine.kernels.shardmix_native", sources=[], optional=True)],
+    ext_modules=[Extension("engine.kernels.native.shardmix_native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,8 +1,8 @@
 """Builds the native kernels with the system's C++ compiler: `python -m engine.kernels.build_native`.
 
-In: the sources in `native/`. Out: one shared library beside this file, which names the sources it
-was made from. It imports nothing but the standard library: setup.py runs it, by its path, where
-nothing is installed yet.
+In: the sources in `native/`. Out: one shared library beside them, which names the sources it was
+made from; that folder is no package, so nobody takes it for a module. It imports nothing but the
+standard library: setup.py runs it, by its path, where nothing is installed yet.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def main() -> int:
     Returns: the exit code.
     """
     try:
-        build(SOURCES.parent / LIBRARY_NAME)
+        build(SOURCES / LIBRARY_NAME)
     except BuildError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, EngineError
-from engine.kernels.build_native import LIBRARY_NAME, source_hash
+from engine.kernels.build_native import LIBRARY_NAME, SOURCES, source_hash
 
 logger = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "SHARDMIX_KERNELS"
 TORCH = "torch"
-PATH = Path(__file__).resolve().parent / LIBRARY_NAME
+PATH = SOURCES / LIBRARY_NAME
 
 # Formats of a packed matrix.
 INT4, INT8, BFLOAT16 = range(3)

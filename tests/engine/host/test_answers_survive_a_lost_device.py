@@ -77,6 +77,7 @@ class Watch:
             max_tokens=num_tokens,
             sampling=api.SamplingSettings(temperature=0.0),
             ignore_eos=True,
+            speculation="off",  # So that the rest needs more than the step under way.
         )
         finished = self.session.client.run(call, on_event, timeout_seconds=100)
         assert has_acted

@@ -48,6 +48,7 @@ def answer(session: Session, on_event: Callable[[Event], None]) -> tuple[int, ..
         max_tokens=NUM_TOKENS,
         sampling=api.SamplingSettings(temperature=0.0),
         ignore_eos=True,
+        speculation="off",  # So that the rest needs more than the step under way.
     )
     finished = session.client.run(call, on_event, timeout_seconds=100)
     assert isinstance(finished, api.Finished)

@@ -21,7 +21,7 @@ from engine.errors import ProtocolError
 _FIELDS = struct.Struct("<HQQIIIBB")
 # Dtype, rows, columns.
 _TENSOR = struct.Struct("<III")
-# All forms are of whole float32, so that tensors lie where numpy is quick.
+# Every part of a head is whole float32s long, so that tensors lie where numpy is quick.
 _TIMES = struct.Struct("<qq")
 _UNHEARD = -(1 << 63)
 _IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL = 1, 2, 4

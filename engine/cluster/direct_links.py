@@ -256,10 +256,8 @@ class DirectLinks:
         self.streams[one.index] = stream
 
     def _keys(self, send_key: bytes, receive_key: bytes) -> tuple[bytes | None, bytes | None]:
-        return (None, None) if self._is_plain() else (send_key, receive_key)
-
-    def _is_plain(self) -> bool:
-        return bool(self._endpoint) and is_plaintext(self._endpoint)
+        is_plain = bool(self._endpoint) and is_plaintext(self._endpoint)
+        return (None, None) if is_plain else (send_key, receive_key)
 
     def _give_up(self, one: _Opening, reason: str) -> None:
         if one.offer is not None:

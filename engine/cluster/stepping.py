@@ -165,25 +165,32 @@ class Stepping:
         Returns: the stream after the last row where nothing is sent there; None without tokens.
         """
         shard, exchange = self.shard, self.exchange
-        for row in range(first_row, end_row):
+        last_row = shard.plan.shape.head_row - 1
+        row = first_row
+        while row < end_row:
             self._between_rows(row, batch.kind)
-            is_last = row == shard.plan.shape.head_row - 1
-            if is_last and not piece.logit_rows:
+            if row == last_row and not piece.logit_rows:
                 return None  # Nobody asks for what the last MLP makes of these tokens.
             started = time.perf_counter_ns()
+            if exchange.row(row).is_local:
+                # Only after the last row of a stage may something be handed over.
+                alone = end_row if exchange.row(end_row - 1).is_local else end_row - 1
+                x, row = shard.advance(
+                    row, alone if piece.logit_rows else min(alone, last_row), x, batch
+                )
+                if row > last_row:
+                    x = x[list(piece.logit_rows)]
+                exchange.counters.compute_ns += time.perf_counter_ns() - started
+                continue
             partial = shard.part(row, x, batch)
-            if is_last:
+            if row == last_row:
                 rows = list(piece.logit_rows)
                 x, partial = x[rows], partial[rows]
-            is_local = exchange.row(row).is_local
-            if is_local:
-                x = shard.add(row, x, partial)
-            else:
-                # To the exchange's memory; on a GPU this waits until it has computed.
-                x, partial = x.cpu(), partial.cpu()
+            # To the exchange's memory; on a GPU this waits until it has computed.
+            x, partial = x.cpu(), partial.cpu()
             exchange.counters.compute_ns += time.perf_counter_ns() - started
-            if not is_local:
-                exchange.start(row, n, x.numpy(), partial.numpy(), x.shape[0])
+            exchange.start(row, n, x.numpy(), partial.numpy(), x.shape[0])
+            row += 1
         return x
 
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:

@@ -1,4 +1,4 @@
-"""The half-layer entry points in C++, for generated tokens on a CPU: each one call.
+"""The half-layer entry points in C++, for generated tokens on a CPU: one call for many rows.
 
 In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; prompts,
 other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
@@ -10,7 +10,8 @@ T tokens of a step, H query heads and K kv heads of the share, D head width.
 from __future__ import annotations
 
 from array import array
-from ctypes import byref, c_int64
+from collections.abc import Mapping
+from ctypes import addressof, byref, c_int64, pointer, sizeof
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -24,44 +25,39 @@ from engine.kernels.native_library import (
     HeadStruct,
     MlpStruct,
     NativeLibrary,
+    RowStruct,
     check_status,
 )
 from engine.kernels.native_matrices import NativeMatrix, check_tensor
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, MlpShare
 from engine.model.config import NO_ROPE, Activation, CacheDtype, ModelConfig, RopeLayout
-from engine.model.kv_cache import KVCache
+from engine.model.kv_cache import PLACE_NUMBERS, KVCache
 from engine.model.view import View
 
 _CACHE_DTYPES: dict[CacheDtype, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _ROPE_LAYOUTS: dict[RopeLayout, int] = {"half": 1, "adjacent": 2}
 
+# Weights that one call reads, at most: between calls a long step is reported, and can be given up.
+MOST_RUN_BYTES = 1 << 28
+
 
 @dataclass(frozen=True, slots=True)
-class NativeAttention:
-    """A share's attention, ready to be called.
+class NativeRow:
+    """A share's half of a layer, ready to be called.
 
     Attributes:
-        rope: index of the RoPE table, or NO_ROPE.
-        held: what the struct points to.
+        attention, mlp: the struct of the half that it is.
+        layer: whose cache it writes, for attention.
+        held: what the structs point to.
     """
 
     library: NativeLibrary
-    struct: Any
-    layer: int
+    attention: AttentionStruct | None
+    mlp: MlpStruct | None
+    layer: int | None
     width: int
-    head_width: int
-    rope: int
-    held: tuple[object, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NativeMlp:
-    """A share's dense MLP, ready to be called."""
-
-    library: NativeLibrary
-    struct: Any
-    width: int
+    weight_bytes: int
     held: tuple[object, ...]
 
 
@@ -76,81 +72,178 @@ class NativeHead:
     held: tuple[object, ...]
 
 
-NativeShare = NativeAttention | NativeMlp | NativeHead
+NativeShare = NativeRow | NativeHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeBatch(Batch):
+    """A step of generated tokens, as native rows take it.
+
+    Attributes:
+        num_tokens: T.
+        ends: slot, and the position after its last token, for each segment.
+        address: of a `shardmix_step`; valid as long as this object, and as the slots live.
+        held: what lies there, and what that points to.
+    """
+
+    num_tokens: int
+    ends: tuple[tuple[int, int], ...]
+    address: int
+    held: tuple[object, ...]
+
+
+class NativeRows:
+    """The rows of a device that native kernels compute, by their index in the plan."""
+
+    def __init__(
+        self,
+        rows: Mapping[int, NativeRow],
+        post_norms: Mapping[int, Tensor],
+        config: ModelConfig,
+        cache: KVCache,
+    ) -> None:
+        """Join prepared rows.
+
+        Args:
+            rows: at least one, all of one library.
+            post_norms: float32 [width] weights by row, where a row's sum is normalised.
+            cache: the one that they were prepared for.
+        Raises: ProtocolError: a norm has another shape.
+        """
+        self._rows = dict(rows)
+        self._cache = cache
+        self._head_width, self._width = config.head_width, config.width
+        self._library = next(iter(rows.values())).library
+        self._structs = (RowStruct * (max(rows) + 1))()
+        for index, row in rows.items():
+            norm = post_norms.get(index)
+            self._structs[index] = RowStruct(
+                attention=None if row.attention is None else pointer(row.attention),
+                mlp=None if row.mlp is None else pointer(row.mlp),
+                post_norm=_optional("a norm", norm, (config.width,)),
+                norm_epsilon=config.norm_epsilon,
+            )
+        self._post_norms = dict(post_norms)
+
+    def __contains__(self, row: int) -> bool:
+        """Whether native kernels compute a row."""
+        return row in self._rows
+
+    def batch(self, batch: Batch) -> NativeBatch:
+        """A step's batch for these rows.
+
+        Raises: ProtocolError: angles or scales have another shape, dtype or layout.
+        """
+        segments = batch.segments
+        num_tokens = sum([s.token_count for s in segments])
+        shape = (num_tokens, self._head_width // 2)
+        angles = [
+            (_address("angles", cos, shape), _address("angles", sin, shape))
+            for cos, sin in batch.ropes
+        ]
+        places = [self._cache.places(s.slot) for s in segments]
+        scale = batch.query_scale
+        # As arrays, whose making costs a third of that of ctypes structures: every field of the
+        # header's structs is 8 bytes wide.
+        segment_fields = array("q")
+        for segment, held in zip(segments, places, strict=True):
+            address, length = held.buffer_info()
+            segment_fields.extend(
+                (address, length // PLACE_NUMBERS, segment.first_position, segment.token_count)
+            )
+        tables = array("q", [cos for cos, _ in angles] + [sin for _, sin in angles])
+        first_table = tables.buffer_info()[0]
+        step = array(
+            "q",
+            (
+                segment_fields.buffer_info()[0],
+                len(segments),
+                num_tokens,
+                first_table,
+                first_table + 8 * len(angles),
+                len(angles),
+                _optional("query scales", scale, (num_tokens,)) or 0,
+            ),
+        )
+        return NativeBatch(
+            kind=batch.kind,
+            segments=segments,
+            positions=batch.positions,
+            ropes=batch.ropes,
+            query_scale=scale,
+            num_tokens=num_tokens,
+            ends=tuple([(s.slot, s.first_position + s.token_count) for s in segments]),
+            address=step.buffer_info()[0],
+            held=(step, segment_fields, tables, places),
+        )
+
+    def part(self, row: int, x_TW: Tensor, batch: NativeBatch) -> Tensor:
+        """Norm, and one half of a layer.
+
+        Args: x_TW: contiguous float32 [T, width] residual stream on the CPU.
+        Returns: float32 [T, width], this share's part of the sum.
+        Raises: ProtocolError: the stream has another shape, dtype or layout.
+        """
+        return self._call(row, row + 1, x_TW, batch, is_partial=True)
+
+    def advance(
+        self, first_row: int, end_row: int, x_TW: Tensor, batch: NativeBatch
+    ) -> tuple[Tensor, int]:
+        """As many rows one after another as go into one call, at least the first.
+
+        Args:
+            first_row: one of these rows; nobody else has a share of it, nor of those up to the end.
+            x_TW: contiguous float32 [T, width] residual stream on the CPU.
+        Returns: the stream after them, float32 [T, width], and the row that it is the entry of.
+        Raises: ProtocolError: the stream has another shape, dtype or layout.
+        """
+        end, num_bytes = first_row, 0
+        while end < end_row and end in self._rows:
+            num_bytes += self._rows[end].weight_bytes
+            if end > first_row and num_bytes > MOST_RUN_BYTES:
+                break
+            end += 1
+        return self._call(first_row, end, x_TW, batch, is_partial=False), end
+
+    def _call(
+        self, first: int, end: int, x_TW: Tensor, batch: NativeBatch, *, is_partial: bool
+    ) -> Tensor:
+        num_tokens = _check_stream(x_TW, self._width)
+        if num_tokens != batch.num_tokens:
+            raise ProtocolError(
+                f"segments of {batch.num_tokens:,} tokens came with a stream of {num_tokens:,}, as "
+                "many are needed. Send the step again"
+            )
+        rows = [self._rows[n] for n in range(first, end)]
+        layers = tuple([row.layer for row in rows if row.layer is not None])
+        for slot, end_position in batch.ends if layers else ():
+            self._cache.reserve(slot, layers, end_position)
+        output = torch.empty_like(x_TW)
+        status = self._library.rows(
+            addressof(self._structs) + first * sizeof(RowStruct),
+            end - first,
+            batch.address,
+            self._width,
+            x_TW.data_ptr(),
+            is_partial,
+            output.data_ptr(),
+        )
+        check_status(status)
+        return output
 
 
 def prepare(
-    share: AttentionShare | MlpShare | HeadShare,
-    config: ModelConfig,
-    kv_window: int,
-    kv_dtype: CacheDtype,
+    share: AttentionShare | MlpShare | HeadShare, config: ModelConfig, cache: KVCache
 ) -> NativeShare | None:
     """What the native entry points take; None where a matrix is not packed for them.
 
     Raises: ProtocolError: the share's tensors do not fit together.
     """
     if isinstance(share, AttentionShare):
-        return _prepare_attention(share, config, kv_window, kv_dtype)
+        return _prepare_attention(share, config, cache)
     if isinstance(share, HeadShare):
         return _prepare_head(share, config)
     return _prepare_mlp(share, config)
-
-
-def attention_part(x_TW: Tensor, share: NativeAttention, batch: Batch, cache: KVCache) -> Tensor:
-    """Norm, projections, RoPE, attention over the cache, output projection.
-
-    Args: x_TW: contiguous float32 [T, width] residual stream on the CPU.
-    Returns: float32 [T, width], this share's part of the sum.
-    Raises: ProtocolError: a tensor has another shape, dtype or layout.
-    """
-    num_tokens = _check_stream(x_TW, share.width)
-    cos = sin = scales = None
-    if share.rope != NO_ROPE:
-        shape = (num_tokens, share.head_width // 2)
-        cos, sin = (_address("angles", table, shape) for table in batch.ropes[share.rope])
-    elif batch.query_scale is not None:
-        scales = _address("query scales", batch.query_scale, (num_tokens,))
-    places: list[int] = []
-    counted = 0
-    for segment in batch.segments:
-        first, count = segment.first_position, segment.token_count
-        places += cache.layer(segment.slot, share.layer).reserve(first + count)
-        places += (first, count)
-        counted += count
-    if counted != num_tokens:
-        raise ProtocolError(
-            f"segments of {counted:,} tokens came with a stream of {num_tokens:,}, as many are "
-            "needed. Send the step again"
-        )
-    segments = array("q", places)
-    output = torch.empty_like(x_TW)
-    status = share.library.attention_part(
-        share.struct,
-        segments.buffer_info()[0],
-        len(batch.segments),
-        x_TW.data_ptr(),
-        num_tokens,
-        cos,
-        sin,
-        scales,
-        output.data_ptr(),
-    )
-    check_status(status)
-    return output
-
-
-def mlp_part(x_TW: Tensor, share: NativeMlp) -> Tensor:
-    """Norm, then the gated MLP.
-
-    Args: x_TW: contiguous float32 [T, width] residual stream on the CPU.
-    Returns: float32 [T, width], this share's part of the sum.
-    Raises: ProtocolError: the stream has another shape, dtype or layout.
-    """
-    num_tokens = _check_stream(x_TW, share.width)
-    output = torch.empty_like(x_TW)
-    status = share.library.mlp_part(share.struct, x_TW.data_ptr(), num_tokens, output.data_ptr())
-    check_status(status)
-    return output
 
 
 def head_part(x_NW: Tensor, share: NativeHead) -> Tensor:
@@ -195,8 +288,8 @@ def _optional(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int |
 
 
 def _prepare_attention(
-    share: AttentionShare, config: ModelConfig, kv_window: int, kv_dtype: CacheDtype
-) -> NativeAttention | None:
+    share: AttentionShare, config: ModelConfig, cache: KVCache
+) -> NativeRow | None:
     qkv, output = share.qkv, share.output
     if not (isinstance(qkv, NativeMatrix) and isinstance(output, NativeMatrix)):
         return None
@@ -212,7 +305,7 @@ def _prepare_attention(
             f"{share.num_kv_heads} KV heads, every head needs one. Load the model again"
         )
     has_rope = layer.rope != NO_ROPE
-    view = View.of_layer(layer, kv_window)
+    view = View.of_layer(layer, cache.window)
     heads_array = (c_int64 * len(first_heads))(*first_heads)
     struct = AttentionStruct(
         qkv=qkv.struct,
@@ -226,21 +319,22 @@ def _prepare_attention(
         num_heads=share.num_heads,
         num_kv_heads=share.num_kv_heads,
         head_width=width,
+        place=cache.layers.index(share.layer),
+        rope=layer.rope if has_rope else 0,
         rope_layout=_ROPE_LAYOUTS[config.rope_layout] if has_rope else 0,
         has_l2_norm=has_rope and config.qk_norm == "l2",
         reach=view.reach,
         chunk=view.chunk,
-        cache_dtype=_CACHE_DTYPES[kv_dtype],
+        cache_dtype=_CACHE_DTYPES[cache.dtype],
         norm_epsilon=config.norm_epsilon,
         scale=config.attention_scale or width**-0.5,
     )
-    held = (struct, share, heads_array)
-    return NativeAttention(
-        qkv.library, byref(struct), share.layer, config.width, width, layer.rope, held
-    )
+    weight_bytes = qkv.num_bytes + output.num_bytes
+    held = (share, heads_array)
+    return NativeRow(qkv.library, struct, None, share.layer, config.width, weight_bytes, held)
 
 
-def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeMlp | None:
+def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
     if share.dense is None or share.router is not None:
         return None
     gate_up, down = share.dense.gate_up, share.dense.down
@@ -256,7 +350,8 @@ def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeMlp | None:
         activation=_ACTIVATIONS[config.activation],
         norm_epsilon=config.norm_epsilon,
     )
-    return NativeMlp(gate_up.library, byref(struct), config.width, (struct, share))
+    weight_bytes = gate_up.num_bytes + down.num_bytes
+    return NativeRow(gate_up.library, None, struct, None, config.width, weight_bytes, (share,))
 
 
 def _prepare_head(share: HeadShare, config: ModelConfig) -> NativeHead | None:

@@ -56,6 +56,8 @@ class AttentionStruct(Structure):
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
         ("head_width", c_int64),
+        ("place", c_int64),
+        ("rope", c_int64),
         ("rope_layout", c_int64),
         ("has_l2_norm", c_int64),
         ("reach", c_int64),
@@ -74,6 +76,17 @@ class MlpStruct(Structure):
         ("down", POINTER(MatrixStruct)),
         ("norm", c_void_p),
         ("activation", c_int64),
+        ("norm_epsilon", c_double),
+    )
+
+
+class RowStruct(Structure):
+    """`shardmix_row`."""
+
+    _fields_ = (
+        ("attention", POINTER(AttentionStruct)),
+        ("mlp", POINTER(MlpStruct)),
+        ("post_norm", c_void_p),
         ("norm_epsilon", c_double),
     )
 
@@ -99,11 +112,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (c_int64, POINTER(MatrixStruct), c_void_p, c_void_p, c_void_p, c_void_p),
     "dequantize": (c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_int64, c_void_p),
     "multiply": (c_int64, POINTER(MatrixStruct), c_void_p, c_int64, c_void_p),
-    "attention_part": (
-        *(c_int64, POINTER(AttentionStruct), c_void_p, c_int64, c_void_p, c_int64),
-        *(c_void_p, c_void_p, c_void_p, c_void_p),
+    "rows": (
+        *(c_int64, c_void_p, c_int64, c_void_p),
+        *(c_int64, c_void_p, c_int64, c_void_p),
     ),
-    "mlp_part": (c_int64, POINTER(MlpStruct), c_void_p, c_int64, c_void_p),
     "head_part": (c_int64, POINTER(HeadStruct), c_void_p, c_int64, c_void_p),
     "measure_read_bandwidth": (c_double, c_int64, c_int64),
 }
@@ -143,8 +155,7 @@ class NativeLibrary:
     pack: Any
     dequantize: Any
     multiply: Any
-    attention_part: Any
-    mlp_part: Any
+    rows: Any
     head_part: Any
     measure_read_bandwidth: Any
 

@@ -7,6 +7,8 @@ counting when the oldest leave. H kv heads of this device, S cached tokens, D he
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +23,19 @@ from engine.model.view import FIRST_CAPACITY, LONGEST_STEP, View, cache_bytes, c
 
 # An engine host uses some 70.
 MAX_SLOTS = 4096
+# Numbers of a layer's place: addresses of its keys and of its values [H, S, D], and S.
+PLACE_NUMBERS = 3
 
 CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def new_place() -> memoryview[int]:
+    """Memory for the numbers of one layer's place."""
+    return memoryview(array("q", [0] * PLACE_NUMBERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +58,25 @@ class LayerCache:
     """Keys and values of one layer of one slot."""
 
     def __init__(
-        self, num_heads: int, head_width: int, view: View, dtype: torch.dtype, device: torch.device
+        self,
+        num_heads: int,
+        head_width: int,
+        view: View,
+        dtype: torch.dtype,
+        device: torch.device,
+        place: memoryview[int],
     ) -> None:
-        """Args: num_heads: KV heads held here, at least 1."""
+        """Args:
+        num_heads: KV heads held here, at least 1.
+        place: where the PLACE_NUMBERS of this layer are always to be read.
+        """
         self.view = view
         self._limit = view.ring_capacity
+        self._place = place
         shape = (num_heads, 0, head_width)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
-        self._place = (0, 0, 0)
+        self._hold(self._keys, self._values)
 
     def append(self, first_position: int, keys_THD: Tensor, values_THD: Tensor) -> CachedKeys:
         """Write new tokens at their positions; whatever was there or later is gone.
@@ -68,7 +87,8 @@ class LayerCache:
         """
         count = keys_THD.shape[0]
         end = first_position + count
-        _, _, capacity = self.reserve(end)
+        self.reserve(end)
+        capacity = self._keys.shape[1]
         start = first_position % capacity
         fits = min(count, capacity - start)
         for held, new in ((self._keys, keys_THD), (self._values, values_THD)):
@@ -84,16 +104,15 @@ class LayerCache:
         positions = end - 1 - (end - 1 - index) % capacity
         return CachedKeys(self._keys, self._values, None, positions)
 
-    def reserve(self, end_position: int) -> tuple[int, int, int]:
+    def reserve(self, end_position: int) -> int:
         """Room for all positions before `end_position`, or for as many as the ring ever holds.
 
-        Returns: addresses of keys and values [H, S, D], and S; position p lies at p modulo S. They
-            hold until more room is reserved.
+        Returns: the position up to which no more room is needed.
         """
-        capacity = self._place[2]
-        if capacity < end_position and capacity < self._limit:
+        if self._keys.shape[1] < min(end_position, self._limit):
             self._grow(end_position)
-        return self._place
+        capacity = self._keys.shape[1]
+        return capacity if capacity < self._limit else sys.maxsize
 
     def copied_positions(self, length: int, num_written: int) -> int:
         """Positions that a copy of the first `length` has memory for.
@@ -112,10 +131,10 @@ class LayerCache:
         num_positions = self.copied_positions(length, num_written)
         return 2 * heads * num_positions * width * self._keys.element_size()
 
-    def copy(self, length: int, num_written: int) -> LayerCache:
+    def copy(self, length: int, num_written: int, place: memoryview[int]) -> LayerCache:
         """Another cache that holds the first `length` positions, as after a cut back to them."""
         heads, _, width = self._keys.shape
-        twin = LayerCache(heads, width, self.view, self._keys.dtype, self._keys.device)
+        twin = LayerCache(heads, width, self.view, self._keys.dtype, self._keys.device, place)
         num_positions = self.copied_positions(length, num_written)
         twin._hold(
             self._keys[:, :num_positions].clone(memory_format=torch.contiguous_format),
@@ -141,7 +160,22 @@ class LayerCache:
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         """Keep these from now on, contiguous [H, S, D]."""
         self._keys, self._values = keys, values
-        self._place = (keys.data_ptr(), values.data_ptr(), keys.shape[1])
+        self._place[0], self._place[1] = keys.data_ptr(), values.data_ptr()
+        self._place[2] = keys.shape[1]
+
+
+class _Places:
+    """The places of all layers of one slot, in memory that native kernels read."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.numbers = array("q", [0] * PLACE_NUMBERS * len(layers))
+        # Positions up to which so many layers need no more room.
+        self.reserved: dict[tuple[int, ...], int] = {}
+        self._index = {layer: n for n, layer in enumerate(layers)}
+
+    def of_layer(self, layer: int) -> memoryview[int]:
+        first = PLACE_NUMBERS * self._index[layer]
+        return memoryview(self.numbers)[first : first + PLACE_NUMBERS]
 
 
 class KVCache:
@@ -160,13 +194,14 @@ class KVCache:
         self._head_width = config.head_width
         self._kv_heads_by_layer = dict(kv_heads_by_layer)
         self._views = {n: View.of_layer(config.layers[n], window) for n in kv_heads_by_layer}
-        self._dtype_name: CacheDtype = dtype
-        self._dtype = CACHE_DTYPES[dtype]
+        self.dtype: CacheDtype = dtype
+        self._torch_dtype = CACHE_DTYPES[dtype]
         self._device = device
         self._config = config
         self._lengths: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._layers: dict[int, dict[int, LayerCache]] = {}
+        self._places: dict[int, _Places] = {}
         # Positions up to which a slot takes no more memory than it has.
         self._room: dict[int, int] = {}
 
@@ -212,7 +247,7 @@ class KVCache:
         if not num_positions:
             return 0
         return cache_bytes(
-            self._config, self._kv_heads_by_layer, self.window, self._dtype_name, num_positions
+            self._config, self._kv_heads_by_layer, self.window, self.dtype, num_positions
         )
 
     def extend(self, slot: int, first_position: int, token_count: int) -> None:
@@ -230,6 +265,11 @@ class KVCache:
         end = self._lengths[slot] = first_position + token_count
         self._written[slot] = max(end, self._written.get(slot, 0))
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers with KV heads here, in the order of their places."""
+        return list(self._kv_heads_by_layer)
+
     def layer(self, slot: int, layer: int) -> LayerCache:
         """The cache of one layer of a slot, made at first use."""
         layers = self._layers.setdefault(slot, {})
@@ -238,10 +278,31 @@ class KVCache:
                 self._kv_heads_by_layer[layer],
                 self._head_width,
                 self._views[layer],
-                self._dtype,
+                self._torch_dtype,
                 self._device,
+                self._places_of(slot).of_layer(layer),
             )
         return layers[layer]
+
+    def places(self, slot: int) -> array[int]:
+        """Where the layers of a slot lie.
+
+        Returns: PLACE_NUMBERS for each of `layers`, position p at p modulo the capacity; kept up to
+            date as long as the slot lives. A layer that was never used has no memory.
+        """
+        return self._places_of(slot).numbers
+
+    def reserve(self, slot: int, layers: tuple[int, ...], end_position: int) -> None:
+        """Room for all positions of a slot before `end_position` in some layers held here."""
+        reserved = self._places_of(slot).reserved
+        if reserved.get(layers, 0) < end_position:
+            held = [self.layer(slot, layer) for layer in layers]
+            reserved[layers] = min(layer.reserve(end_position) for layer in held)
+
+    def _places_of(self, slot: int) -> _Places:
+        if slot not in self._places:
+            self._places[slot] = _Places(self.layers)
+        return self._places[slot]
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget positions from `length` on; a shorter slot stays as it is.
@@ -290,7 +351,10 @@ class KVCache:
                 f"{self._device} has {free / 2**30:.1f} GiB free. Lower --kv-window, or give this "
                 "device fewer heads"
             )
-        self._layers[target] = {n: layer.copy(length, written) for n, layer in layers.items()}
+        places = self._places_of(target)
+        self._layers[target] = {
+            n: layer.copy(length, written, places.of_layer(n)) for n, layer in layers.items()
+        }
         # Where a ring came whole, the copy is cut as its source would be: later cuts go by that.
         self._lengths[target], self._written[target] = length, written
         self._room[target] = _room(length)
@@ -301,6 +365,7 @@ class KVCache:
         self._written.pop(slot, None)
         self._room.pop(slot, None)
         self._layers.pop(slot, None)
+        self._places.pop(slot, None)
 
     @property
     def num_bytes(self) -> int:

@@ -87,6 +87,12 @@ class RopeTable:
         self._cos = torch.empty(0, head_width // 2, device=device)
         self._sin = torch.empty(0, head_width // 2, device=device)
 
+    def run(self, first_position: int, end_position: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions that follow each other, two float32 [T, D / 2] views."""
+        if end_position > self._cos.shape[0]:
+            self._grow(end_position)
+        return self._cos[first_position:end_position], self._sin[first_position:end_position]
+
     def rows(self, positions_T: Tensor, end_position: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position.
 

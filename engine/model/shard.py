@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.kernels import native_kernels
 from engine.kernels.matrices import Matrix
-from engine.kernels.native_kernels import NativeAttention, NativeHead, NativeMlp, NativeShare
+from engine.kernels.native_kernels import NativeBatch, NativeHead, NativeRow, NativeRows
 from engine.kernels.torch_kernels import (
     AttentionShare,
     Batch,
@@ -54,12 +54,12 @@ class ModelShard:
         self.plan = plan
         self.dtype: ComputeDtype = dtype
         self._index = device_index
-        self._kv_dtype: CacheDtype = kv_dtype
         self._device = device
         self._ropes = [RopeTable(rope, config.head_width, device) for rope in config.ropes]
         self._shares: dict[int, AttentionShare | MlpShare | HeadShare] = {}
         # The same shares for native kernels, where these have all of a row.
-        self._native: dict[int, NativeShare] = {}
+        self._native: NativeRows | None = None
+        self._native_head: NativeHead | None = None
         self._post_norms: dict[int, Tensor] = {}
         heads = kv_heads_of(plan, device_index)
         self.cache = KVCache(config, heads, kv_window, kv_dtype, device)
@@ -76,19 +76,23 @@ class ModelShard:
 
     def take(self, packed: Packed) -> None:
         """Build the shares from packed weights; all of `weight_keys` must be there."""
+        native_rows: dict[int, NativeRow] = {}
         for row in range(self.plan.shape.num_rows):
             keys = self._row_keys(row)
             if keys:
                 share = self._share(row, _Roles(keys, packed, self.config))
                 self._shares[row] = share
-                window = self.cache.window
-                native = native_kernels.prepare(share, self.config, window, self._kv_dtype)
-                if native is not None:
-                    self._native[row] = native
+                native = native_kernels.prepare(share, self.config, self.cache)
+                if isinstance(native, NativeRow):
+                    native_rows[row] = native
+                else:
+                    self._native_head = native
             post_norm = self._post_norm_key(row)
             if post_norm is not None:
                 roles = _Roles({"norm": post_norm}, packed, self.config)
                 self._post_norms[row] = roles.norm("norm")
+        if native_rows:
+            self._native = NativeRows(native_rows, self._post_norms, self.config, self.cache)
 
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.
@@ -97,21 +101,31 @@ class ModelShard:
         """
         for segment in segments:
             self.cache.extend(segment.slot, segment.first_position, segment.token_count)
-        return make_batch(kind, segments, self._ropes, self.config, self._device)
+        batch = make_batch(kind, segments, self._ropes, self.config, self._device)
+        if kind == "generated" and self._native is not None:
+            return self._native.batch(batch)
+        return batch
 
     def part(self, row: int, x: Tensor, batch: Batch) -> Tensor:
         """This device's partial sum of an attention or mlp row."""
-        if batch.kind == "generated":
-            native = self._native.get(row)
-            if isinstance(native, NativeAttention):
-                return native_kernels.attention_part(x, native, batch, self.cache)
-            if isinstance(native, NativeMlp):
-                return native_kernels.mlp_part(x, native)
+        native = self._native
+        if isinstance(batch, NativeBatch) and native is not None and row in native:
+            return native.part(row, x.contiguous(), batch)
         share = self._shares[row]
         if isinstance(share, AttentionShare):
             return attention_part(x, share, batch, self.cache, self.config)
         assert isinstance(share, MlpShare)
         return mlp_part(x, share, batch.kind, self.config)
+
+    def advance(self, first_row: int, end_row: int, x: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """At least the first of rows that this device computes alone, one after another.
+
+        Returns: the residual stream after them, and the row that it is the entry of.
+        """
+        native = self._native
+        if isinstance(batch, NativeBatch) and native is not None and first_row in native:
+            return native.advance(first_row, end_row, x.contiguous(), batch)
+        return self.add(first_row, x, self.part(first_row, x, batch)), first_row + 1
 
     def add(self, row: int, x: Tensor, total: Tensor) -> Tensor:
         """The residual stream after a row, from the sum of all its parts."""
@@ -126,9 +140,8 @@ class ModelShard:
 
     def logits(self, x_NW: Tensor) -> Tensor:
         """Raw logits [N, rows] of this device's vocabulary rows."""
-        native = self._native.get(self.plan.shape.head_row)
-        if isinstance(native, NativeHead):
-            return native_kernels.head_part(x_NW, native)
+        if self._native_head is not None:
+            return native_kernels.head_part(x_NW, self._native_head)
         share = self._shares[self.plan.shape.head_row]
         assert isinstance(share, HeadShare)
         return head_part(x_NW, share, self.config)
@@ -210,18 +223,21 @@ def make_batch(
     device: torch.device,
 ) -> Batch:
     """What the rows of a step share: positions, rotations, temperatures."""
-    positions = torch.cat(
-        [torch.arange(s.first_position, s.first_position + s.token_count) for s in segments]
-    )
-    end = max(s.first_position + s.token_count for s in segments)
+    ends = [s.first_position + s.token_count for s in segments]
+    runs = [torch.arange(s.first_position, end) for s, end in zip(segments, ends, strict=True)]
+    positions = runs[0] if len(runs) == 1 else torch.cat(runs)
     scale: Tensor | None = None
     if config.tuning_floor:
         scale = temperature_scale(positions, config.tuning_floor, config.tuning_scale).to(device)
     positions = positions.to(device)
+    if len(runs) == 1:
+        tables = [table.run(segments[0].first_position, ends[0]) for table in ropes]
+    else:
+        tables = [table.rows(positions, max(ends)) for table in ropes]
     return Batch(
         kind=kind,
         segments=segments,
         positions=positions,
-        ropes=tuple(table.rows(positions, end) for table in ropes),
+        ropes=tuple(tables),
         query_scale=scale,
     )

@@ -2,47 +2,40 @@
 
 #include <cmath>
 
-#include "scratch.h"
 #include "short_floats.h"
-#include "thread_team.h"
+#include "step.h"
 
 namespace shardmix {
 namespace {
 
-// Where a token's keys and values go, and what it sees.
-struct Token {
-    const shardmix_segment *segment;
-    int64_t position;
-    int64_t first_visible;
-    int64_t first_chunk;  // index of the first of its chunks among those of all tokens
-    int64_t num_chunks;
-};
+// Parts that one thread computes for a token and a KV head, before it is worth to share them out.
+constexpr int64_t kPartsAlone = 2;
 
-struct AttentionScratch {
+struct Attention {
+    const Step &step;
+    const shardmix_attention_share &share;
+    int64_t row;
+    int64_t num_tokens;
     PreparedTokens inputs;
     PreparedTokens attended;
-    Buffer<float> projected;
-    Buffer<Token> tokens;
-    Buffer<int64_t> chunk_tokens;  // [chunks of all tokens]: whose it is
-    Buffer<float> maxima;          // [chunks, H]
-    Buffer<float> sums;            // [chunks, H]
-    Buffer<float> outputs;         // [chunks, H, D]
-};
+    float *projected;
+    int64_t max_parts;  // of any token
+    bool is_split;      // parts of a token are computed apart, and then joined
 
-struct Call {
-    const shardmix_attention_share &share;
-    const float *x;
-    int64_t num_tokens;
-    const float *cos;
-    const float *sin;
-    const float *query_scale;
-    float *out;
-    AttentionScratch &scratch;
-    ThreadTeam &team;
-    int64_t num_chunks = 0;
-    Phase to_norm{}, to_project{}, to_place{}, to_attend{}, to_join{}, to_output{}, to_add{};
+    Attention(const Step &step, const shardmix_attention_share &share, int64_t row)
+        : step(step),
+          share(share),
+          row(row),
+          num_tokens(step.in.num_tokens),
+          inputs(step.memory.inputs.view(*share.qkv, num_tokens)),
+          attended(step.memory.middle.view(*share.output, num_tokens)),
+          projected(step.memory.projected.data()),
+          max_parts(most_parts()),
+          is_split(max_parts > kPartsAlone &&
+                   num_tokens * share.num_kv_heads < 4 * step.team.num_threads()) {}
 
     int64_t num_columns() const { return share.qkv->num_rows; }
+    const Token &token(int64_t t) const { return step.memory.tokens.data()[t]; }
 
     int64_t first_visible(int64_t position) const {
         int64_t first = position - share.reach + 1;
@@ -53,78 +46,90 @@ struct Call {
         return first > 0 ? first : 0;
     }
 
-    // Chunks begin at absolute positions: how a token's sums are cut depends on nothing else.
-    void lay_out(const shardmix_segment *segments, int64_t num_segments) {
-        Token *tokens = scratch.tokens.reserve(num_tokens);
-        int64_t n = 0;
-        for (int64_t s = 0; s < num_segments; ++s)
-            for (int64_t i = 0; i < segments[s].num_tokens; ++i, ++n) {
-                int64_t position = segments[s].first_position + i, first = first_visible(position);
-                int64_t count = position / kChunk - first / kChunk + 1;
-                tokens[n] = {&segments[s], position, first, num_chunks, count};
-                num_chunks += count;
-            }
-        int64_t *owners = scratch.chunk_tokens.reserve(num_chunks);
-        for (n = 0; n < num_tokens; ++n)
-            for (int64_t c = 0; c < tokens[n].num_chunks; ++c) owners[tokens[n].first_chunk + c] = n;
-        scratch.inputs.reserve(*share.qkv, num_tokens);
-        scratch.attended.reserve(*share.output, num_tokens);
-        scratch.projected.reserve(num_tokens * num_columns());
-        scratch.maxima.reserve(num_chunks * share.num_heads);
-        scratch.sums.reserve(num_chunks * share.num_heads);
-        scratch.outputs.reserve(num_chunks * share.num_heads * share.head_width);
+    // Parts begin at absolute positions: how a token's sums are cut depends on nothing else.
+    int64_t num_parts(int64_t position) const {
+        return position / kChunk - first_visible(position) / kChunk + 1;
     }
 
-    void work() {
-        team.share(to_norm, num_tokens, 1, [&](int64_t t, int64_t) {
-            int64_t width = share.qkv->num_columns;
-            kernels().rms_norm(x + t * width, share.norm, (float)share.norm_epsilon, width,
-                               scratch.inputs.values(t));
-            scratch.inputs.prepare(t);
-        });
-        multiply(to_project, *share.qkv, scratch.inputs, scratch.projected.data());
-        team.share(to_place, num_tokens, 1, [&](int64_t t, int64_t) { place(t); });
-        team.share(to_attend, num_chunks * share.num_kv_heads, 1, [&](int64_t n, int64_t) {
-            attend(n / share.num_kv_heads, n % share.num_kv_heads);
-        });
-        team.share(to_join, num_tokens, 1, [&](int64_t t, int64_t) { join(t); });
-        multiply(to_output, *share.output, scratch.attended, out);
-        if (!share.output_bias) return;
-        team.share(to_add, num_tokens, 1, [&](int64_t t, int64_t) {
-            int64_t width = share.output->num_rows;
-            for (int64_t i = 0; i < width; ++i) out[t * width + i] += share.output_bias[i];
-        });
+    int64_t most_parts() const {
+        int64_t most = 1;
+        for (int64_t t = 0; t < num_tokens; ++t) {
+            int64_t count = num_parts(token(t).position);
+            if (count > most) most = count;
+        }
+        return most;
     }
 
-    void multiply(Phase &phase, const shardmix_matrix &matrix, const PreparedTokens &tokens,
-                  float *products) {
-        team.share(phase, num_panels(matrix), panels_at_a_time(matrix, team.num_threads()),
-                   [&](int64_t first, int64_t end) {
-                       kernels().multiply(matrix, tokens.view(), first, end, products);
-                   });
+    // Whether a token sees another one of the same step.
+    bool has_runs() const { return step.in.num_segments < num_tokens; }
+
+    // Whether no group of the output matrix has columns of two heads.
+    bool has_whole_groups() const { return begin_groups(*share.output, share.head_width); }
+
+    void work(Phase *phases) {
+        ThreadTeam &team = step.team;
+        team.share(phases[0], num_tokens, 1, [&](int64_t t, int64_t) {
+            kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
+                               inputs.values(t));
+            inputs.prepare(t);
+        });
+        share_product(team, phases[1], *share.qkv, inputs, projected);
+        int64_t kv_heads = share.num_kv_heads, units = num_tokens * kv_heads;
+        bool is_placed_apart = is_split || has_runs();
+        if (is_placed_apart)
+            team.share(phases[2], units, 1,
+                       [&](int64_t n, int64_t) { place(n / kv_heads, n % kv_heads); });
+        if (is_split) {
+            team.share(phases[3], units * max_parts, 1, [&](int64_t n, int64_t) {
+                int64_t t = n / (max_parts * kv_heads), part = n / kv_heads % max_parts;
+                if (part < num_parts(token(t).position))
+                    attend(t, n % kv_heads, part, t * max_parts + part);
+            });
+            team.share(phases[4], units, 1,
+                       [&](int64_t n, int64_t) { join(n / kv_heads, n % kv_heads); });
+        } else {
+            team.share(phases[3], units, 1, [&](int64_t n, int64_t) {
+                int64_t t = n / kv_heads, kv_head = n % kv_heads;
+                if (!is_placed_apart) place(t, kv_head);
+                for (int64_t part = 0; part < num_parts(token(t).position); ++part) {
+                    attend(t, kv_head, part, t);
+                    add_part(t, kv_head, part, t);
+                }
+                complete(t, kv_head);
+            });
+        }
+        if (!has_whole_groups())
+            team.share(phases[5], num_tokens, 1, [&](int64_t t, int64_t) { attended.prepare(t); });
+        share_product(team, phases[6], *share.output, attended, step.sums(row));
     }
 
-    // Bias, norm and rotation of a token's heads; its keys and values go into the cache.
-    void place(int64_t t) {
-        int64_t width = share.head_width;
-        float *heads = scratch.projected.data() + t * num_columns();
-        if (share.qkv_bias)
-            for (int64_t i = 0; i < num_columns(); ++i) heads[i] += share.qkv_bias[i];
-        for (int64_t h = 0; h < share.num_heads; ++h) {
-            float *query = heads + h * width;
+    // Bias, norm and rotation of a KV head and its query heads; its keys and values go into the cache.
+    void place(int64_t t, int64_t kv_head) const {
+        int64_t width = share.head_width, num_heads = share.num_heads;
+        float *heads = projected + t * num_columns();
+        int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
+        for (int64_t h = first; h < end; ++h) {
+            float *query = with_bias(heads, h);
             rotate(query, t, share.q_norm);
-            float scale = (float)share.scale * (query_scale ? query_scale[t] : 1.0f);
+            float scale = (float)share.scale;
+            if (share.rope_layout == SHARDMIX_NO_ROPE && step.in.query_scale)
+                scale *= step.in.query_scale[t];
             for (int64_t d = 0; d < width; ++d) query[d] *= scale;
         }
-        const Token &token = scratch.tokens.data()[t];
-        const shardmix_segment &segment = *token.segment;
-        float *keys = heads + share.num_heads * width, *values = keys + share.num_kv_heads * width;
-        for (int64_t k = 0; k < share.num_kv_heads; ++k) {
-            rotate(keys + k * width, t, share.k_norm);
-            int64_t at = (k * segment.capacity + token.position % segment.capacity) * width;
-            keep(keys + k * width, segment.keys, at);
-            keep(values + k * width, segment.values, at);
-        }
+        float *key = with_bias(heads, num_heads + kv_head);
+        float *value = with_bias(heads, num_heads + share.num_kv_heads + kv_head);
+        rotate(key, t, share.k_norm);
+        const shardmix_place &ring = token(t).segment->places[share.place];
+        int64_t at = (kv_head * ring.capacity + token(t).position % ring.capacity) * width;
+        keep(key, ring.keys, at);
+        keep(value, ring.values, at);
+    }
+
+    float *with_bias(float *heads, int64_t head) const {
+        int64_t first = head * share.head_width;
+        if (share.qkv_bias)
+            for (int64_t d = 0; d < share.head_width; ++d) heads[first + d] += share.qkv_bias[first + d];
+        return heads + first;
     }
 
     void rotate(float *head, int64_t t, const float *norm) const {
@@ -132,7 +137,7 @@ struct Call {
         float epsilon = (float)share.norm_epsilon;
         if (norm) kernels().rms_norm(head, norm, epsilon, width, head);
         if (share.rope_layout == SHARDMIX_NO_ROPE) return;
-        const float *c = cos + t * half, *s = sin + t * half;
+        const float *c = step.in.cos[share.rope] + t * half, *s = step.in.sin[share.rope] + t * half;
         bool is_half = share.rope_layout == SHARDMIX_HALF;
         for (int64_t i = 0; i < half; ++i) {
             float *a = is_half ? head + i : head + 2 * i, *b = is_half ? a + half : a + 1;
@@ -154,60 +159,99 @@ struct Call {
         }
     }
 
-    // The query heads of one KV head over one chunk of positions.
-    void attend(int64_t chunk, int64_t kv_head) {
-        int64_t t = scratch.chunk_tokens.data()[chunk], width = share.head_width;
-        const Token &token = scratch.tokens.data()[t];
-        int64_t number = token.first_visible / kChunk + chunk - token.first_chunk;
-        int64_t first = number * kChunk, end = first + kChunk;
-        int64_t head = share.first_heads[kv_head], row = chunk * share.num_heads + head;
+    // The query heads of one KV head over one part of the positions; `at` is where it is kept.
+    void attend(int64_t t, int64_t kv_head, int64_t part, int64_t at) const {
+        int64_t width = share.head_width, position = token(t).position;
+        int64_t visible = first_visible(position);
+        int64_t first = (visible / kChunk + part) * kChunk, end = first + kChunk;
+        int64_t head = share.first_heads[kv_head], kept = at * share.num_heads + head;
+        const shardmix_place &ring = token(t).segment->places[share.place];
         int64_t value_bytes = share.cache_dtype == SHARDMIX_FLOAT32 ? 4 : 2;
-        int64_t offset = kv_head * token.segment->capacity * width * value_bytes;
+        int64_t offset = kv_head * ring.capacity * width * value_bytes;
         AttentionUnit unit;
-        unit.queries = scratch.projected.data() + t * num_columns() + head * width;
+        unit.queries = projected + t * num_columns() + head * width;
         unit.num_heads = share.first_heads[kv_head + 1] - head;
         unit.head_width = width;
-        unit.keys = (const char *)token.segment->keys + offset;
-        unit.values = (const char *)token.segment->values + offset;
+        unit.keys = (const char *)ring.keys + offset;
+        unit.values = (const char *)ring.values + offset;
         unit.cache_dtype = share.cache_dtype;
-        unit.capacity = token.segment->capacity;
-        unit.first_position = first > token.first_visible ? first : token.first_visible;
-        unit.end_position = end < token.position + 1 ? end : token.position + 1;
-        unit.maxima = scratch.maxima.data() + row;
-        unit.sums = scratch.sums.data() + row;
-        unit.outputs = scratch.outputs.data() + row * width;
+        unit.capacity = ring.capacity;
+        unit.first_position = first > visible ? first : visible;
+        unit.end_position = end < position + 1 ? end : position + 1;
+        unit.maxima = step.memory.maxima.data() + kept;
+        unit.sums = step.memory.weights.data() + kept;
+        unit.outputs = step.memory.parts.data() + kept * width;
         kernels().attend(unit);
     }
 
-    // One softmax out of those of a token's chunks.
-    void join(int64_t t) {
-        const Token &token = scratch.tokens.data()[t];
+    // Join a part to those before it: one softmax over all of them.
+    void add_part(int64_t t, int64_t kv_head, int64_t part, int64_t at) const {
         int64_t width = share.head_width, num_heads = share.num_heads;
-        float *attended = scratch.attended.values(t);
-        for (int64_t h = 0; h < num_heads; ++h) {
-            int64_t first = token.first_chunk * num_heads + h;
-            float maximum = scratch.maxima.data()[first], sum = 0.0f;
-            for (int64_t c = 1; c < token.num_chunks; ++c) {
-                float other = scratch.maxima.data()[first + c * num_heads];
-                if (other > maximum) maximum = other;
+        for (int64_t h = share.first_heads[kv_head]; h < share.first_heads[kv_head + 1]; ++h) {
+            int64_t kept = at * num_heads + h;
+            const float *values = step.memory.parts.data() + kept * width;
+            float maximum = step.memory.maxima.data()[kept];
+            float weight = step.memory.weights.data()[kept];
+            float *target = attended.values(t) + h * width;
+            float &highest = step.memory.highest.data()[t * num_heads + h];
+            float &total = step.memory.totals.data()[t * num_heads + h];
+            if (part == 0) {
+                for (int64_t d = 0; d < width; ++d) target[d] = values[d];
+                highest = maximum;
+                total = weight;
+                continue;
             }
-            float *target = attended + h * width;
-            for (int64_t d = 0; d < width; ++d) target[d] = 0.0f;
-            for (int64_t c = 0; c < token.num_chunks; ++c) {
-                int64_t row = first + c * num_heads;
-                float weight = std::exp(scratch.maxima.data()[row] - maximum);
-                const float *part = scratch.outputs.data() + row * width;
-                sum += weight * scratch.sums.data()[row];
-                for (int64_t d = 0; d < width; ++d) target[d] += weight * part[d];
-            }
-            for (int64_t d = 0; d < width; ++d) target[d] /= sum;
+            float above = maximum > highest ? maximum : highest;
+            float before = std::exp(highest - above), now = std::exp(maximum - above);
+            for (int64_t d = 0; d < width; ++d) target[d] = before * target[d] + now * values[d];
+            highest = above;
+            total = before * total + now * weight;
         }
-        scratch.attended.prepare(t);
+    }
+
+    void join(int64_t t, int64_t kv_head) const {
+        for (int64_t part = 0; part < num_parts(token(t).position); ++part)
+            add_part(t, kv_head, part, t * max_parts + part);
+        complete(t, kv_head);
+    }
+
+    // What a KV head's query heads attended to, made ready for the output matrix.
+    void complete(int64_t t, int64_t kv_head) const {
+        int64_t width = share.head_width;
+        int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
+        for (int64_t h = first; h < end; ++h) {
+            float *target = attended.values(t) + h * width;
+            float total = step.memory.totals.data()[t * share.num_heads + h];
+            for (int64_t d = 0; d < width; ++d) target[d] /= total;
+        }
+        if (has_whole_groups())
+            attended.prepare(t, group_at(*share.output, first * width),
+                             group_at(*share.output, end * width));
     }
 };
 
-bool is_consistent(const shardmix_attention_share &share, const shardmix_segment *segments,
-                   int64_t num_segments, int64_t num_tokens, bool has_angles) {
+}  // namespace
+
+void reserve_attention(const Step &step, const shardmix_attention_share &share) {
+    StepMemory &memory = step.memory;
+    int64_t num_tokens = step.in.num_tokens, num_heads = num_tokens * share.num_heads;
+    memory.inputs.reserve(*share.qkv, num_tokens);
+    memory.middle.reserve(*share.output, num_tokens);
+    memory.projected.reserve(num_tokens * share.qkv->num_rows);
+    memory.highest.reserve(num_heads);
+    memory.totals.reserve(num_heads);
+    Attention attention(step, share, 0);
+    int64_t parts = attention.is_split ? num_heads * attention.max_parts : num_heads;
+    memory.maxima.reserve(parts);
+    memory.weights.reserve(parts);
+    memory.parts.reserve(parts * share.head_width);
+}
+
+void work_attention(const Step &step, int64_t row, Phase *phases) {
+    Attention(step, *step.rows[row].attention, row).work(phases);
+}
+
+bool is_consistent(const shardmix_attention_share &share, const shardmix_step &step) {
     if (!is_valid(share.qkv) || !is_valid(share.output) || !share.norm || !share.first_heads)
         return false;
     int64_t num_heads = share.num_heads, num_kv = share.num_kv_heads, width = share.head_width;
@@ -215,40 +259,22 @@ bool is_consistent(const shardmix_attention_share &share, const shardmix_segment
     if (share.qkv->num_rows != (num_heads + 2 * num_kv) * width) return false;
     if (share.output->num_columns != num_heads * width) return false;
     if (share.output->num_rows != share.qkv->num_columns) return false;
-    if (share.rope_layout != SHARDMIX_NO_ROPE && (!has_angles || width % 2)) return false;
+    if (share.rope_layout != SHARDMIX_NO_ROPE) {
+        if (share.rope < 0 || share.rope >= step.num_ropes || width % 2) return false;
+        if (!step.cos[share.rope] || !step.sin[share.rope]) return false;
+    }
     if (share.first_heads[0] != 0 || share.first_heads[num_kv] != num_heads) return false;
-    int64_t total = 0;
-    for (int64_t s = 0; s < num_segments; ++s) {
-        const shardmix_segment &segment = segments[s];
-        if (!segment.keys || !segment.values || segment.num_tokens < 1) return false;
-        if (segment.first_position < 0 || segment.capacity < 1) return false;
+    for (int64_t s = 0; s < step.num_segments; ++s) {
+        const shardmix_segment &segment = step.segments[s];
+        if (share.place < 0 || share.place >= segment.num_places) return false;
+        const shardmix_place &ring = segment.places[share.place];
+        if (!ring.keys || !ring.values || ring.capacity < 1) return false;
         // What the first new token sees must not be overwritten by the last.
         int64_t end = segment.first_position + segment.num_tokens;
         int64_t needed = share.reach - 1 + segment.num_tokens;
-        if (segment.capacity < (end < needed ? end : needed)) return false;
-        total += segment.num_tokens;
+        if (ring.capacity < (end < needed ? end : needed)) return false;
     }
-    return total == num_tokens;
+    return true;
 }
 
-}  // namespace
 }  // namespace shardmix
-
-using namespace shardmix;
-
-int64_t shardmix_attention_part(const shardmix_attention_share *share,
-                                const shardmix_segment *segments, int64_t num_segments,
-                                const float *x, int64_t num_tokens, const float *cos,
-                                const float *sin, const float *query_scale, float *out) {
-    if (!share || !segments || !x || !out || num_segments < 1) return SHARDMIX_BAD_ARGUMENT;
-    if (!is_consistent(*share, segments, num_segments, num_tokens, cos && sin))
-        return SHARDMIX_BAD_ARGUMENT;
-    return status_of([&] {
-        static thread_local AttentionScratch scratch;
-        ThreadTeam &team = ThreadTeam::of_process();
-        Call call{*share, x, num_tokens, cos, sin, query_scale, out, scratch, team};
-        call.lay_out(segments, num_segments);
-        auto work = [&] { call.work(); };
-        run_on(team, work);
-    });
-}

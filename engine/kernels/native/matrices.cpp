@@ -113,9 +113,9 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
                           float *out) {
     if (!is_valid(matrix) || !x || !out || num_tokens < 1) return SHARDMIX_BAD_ARGUMENT;
     return status_of([&] {
-        static thread_local PreparedTokens prepared;
-        PreparedTokens &tokens = prepared;
-        tokens.reserve(*matrix, num_tokens);
+        static thread_local TokenMemory memory;
+        memory.reserve(*matrix, num_tokens);
+        PreparedTokens tokens = memory.view(*matrix, num_tokens);
         ThreadTeam &team = ThreadTeam::of_process();
         Phase to_prepare, to_multiply;
         auto work = [&] {
@@ -125,7 +125,7 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
                 tokens.prepare(token);
             });
             team.share(to_multiply, num_panels(*matrix),
-                       panels_at_a_time(*matrix, team.num_threads()),
+                       panels_at_a_time(num_panels(*matrix), team.num_threads()),
                        [&](int64_t first, int64_t end) {
                            kernels().multiply(*matrix, tokens.view(), first, end, out);
                        });

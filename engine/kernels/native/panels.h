@@ -48,6 +48,17 @@ static inline int64_t panel_bytes(const shardmix_matrix &matrix) {
 // Groups of a block of columns.
 static inline int64_t groups_of_block(int64_t block) { return (block + kGroup - 1) / kGroup; }
 
+// The group that a column lies in.
+static inline int64_t group_at(const shardmix_matrix &matrix, int64_t column) {
+    return column / matrix.block * groups_of_block(matrix.block) + column % matrix.block / kGroup;
+}
+
+// Whether every multiple of so many columns begins a group.
+static inline bool begin_groups(const shardmix_matrix &matrix, int64_t columns) {
+    if (columns % matrix.block == 0) return true;
+    return matrix.block % kGroup == 0 && columns % kGroup == 0;
+}
+
 }  // namespace shardmix
 
 #endif

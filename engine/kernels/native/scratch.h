@@ -38,41 +38,56 @@ class Buffer {
     int64_t size_ = 0;
 };
 
-// Tokens that are made ready for a matrix.
+// Tokens that are made ready for a matrix, in memory of a `TokenMemory`.
 class PreparedTokens {
    public:
-    // Throws std::bad_alloc.
+    PreparedTokens(const shardmix_matrix &matrix, float *values, const QuantizedToken &quantized)
+        : matrix_(matrix), values_(values), quantized_(quantized) {}
+
+    // Where a token's values are put before `prepare`.
+    float *values(int64_t token) const { return values_ + token * matrix_.num_columns; }
+
+    // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
+    void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
+        if (matrix_.format == SHARDMIX_BFLOAT16) return;
+        QuantizedToken target{quantized_.quants + token * kGroup, quantized_.scales + token,
+                              quantized_.scaled_sums + token, quantized_.sums + token,
+                              quantized_.stride};
+        kernels().quantize(values(token), matrix_.block, first_group, end_group, target);
+    }
+    void prepare(int64_t token) const { prepare(token, 0, matrix_.num_groups); }
+
+    Activations view() const {
+        return {values_,         quantized_.quants, quantized_.scales, quantized_.scaled_sums,
+                quantized_.sums, quantized_.stride};
+    }
+
+   private:
+    const shardmix_matrix &matrix_;
+    float *values_;
+    QuantizedToken quantized_;  // the first token's
+};
+
+class TokenMemory {
+   public:
+    // Room for tokens of a matrix. Throws std::bad_alloc.
     void reserve(const shardmix_matrix &matrix, int64_t num_tokens) {
-        matrix_ = &matrix;
-        num_tokens_ = num_tokens;
-        values_.reserve(num_tokens * matrix.num_columns);
         int64_t groups = num_tokens * matrix.num_groups;
+        values_.reserve(num_tokens * matrix.num_columns);
         quants_.reserve(groups * kGroup);
         scales_.reserve(groups);
         scaled_sums_.reserve(groups);
         sums_.reserve(groups);
     }
 
-    // Where a token's values are put before `prepare`.
-    float *values(int64_t token) const { return values_.data() + token * matrix_->num_columns; }
-
-    // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
-    void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
-        if (matrix_->format == SHARDMIX_BFLOAT16) return;
-        QuantizedToken target{quants_.data() + token * kGroup, scales_.data() + token,
-                              scaled_sums_.data() + token, sums_.data() + token, num_tokens_};
-        kernels().quantize(values(token), matrix_->block, first_group, end_group, target);
-    }
-    void prepare(int64_t token) const { prepare(token, 0, matrix_->num_groups); }
-
-    Activations view() const {
-        return {values_.data(),      quants_.data(), scales_.data(),
-                scaled_sums_.data(), sums_.data(),   num_tokens_};
+    // Tokens of a matrix that there is room for; what was here for another one is gone.
+    PreparedTokens view(const shardmix_matrix &matrix, int64_t num_tokens) const {
+        return {matrix,
+                values_.data(),
+                {quants_.data(), scales_.data(), scaled_sums_.data(), sums_.data(), num_tokens}};
     }
 
    private:
-    const shardmix_matrix *matrix_ = nullptr;
-    int64_t num_tokens_ = 0;
     Buffer<float> values_;
     Buffer<int8_t> quants_;
     Buffer<float> scales_;
@@ -81,8 +96,8 @@ class PreparedTokens {
 };
 
 // Panels that a thread takes at a time: few enough that all end together.
-static inline int64_t panels_at_a_time(const shardmix_matrix &matrix, int64_t num_threads) {
-    int64_t share = num_panels(matrix) / (num_threads * 8);
+static inline int64_t panels_at_a_time(int64_t num_panels, int64_t num_threads) {
+    int64_t share = num_panels / (num_threads * 8);
     return share < 1 ? 1 : share;
 }
 

@@ -57,6 +57,8 @@ typedef struct {
     int64_t num_heads;
     int64_t num_kv_heads;
     int64_t head_width;
+    int64_t place;               // of its layer among the places of a slot
+    int64_t rope;                // which of the step's tables
     int64_t rope_layout;
     int64_t has_l2_norm;         // normalise rotated heads without a weight
     int64_t reach;               // positions that a query sees, its own included
@@ -66,22 +68,47 @@ typedef struct {
     double scale;                // factor of q . k
 } shardmix_attention_share;
 
-// New tokens of one slot, and the ring that its keys and values [num_kv_heads, capacity, D] are in.
+// The ring that keys and values [num_kv_heads, capacity, D] of a slot and a layer are in.
 typedef struct {
     void *keys;
     void *values;
     int64_t capacity;
+} shardmix_place;
+
+// New tokens of one slot.
+typedef struct {
+    const shardmix_place *places;
+    int64_t num_places;
     int64_t first_position;
     int64_t num_tokens;
 } shardmix_segment;
 
+// New tokens of all slots; those of a segment follow those of the one before.
+typedef struct {
+    const shardmix_segment *segments;
+    int64_t num_segments;
+    int64_t num_tokens;
+    const float *const *cos;   // [num_ropes], each [T, D / 2]
+    const float *const *sin;
+    int64_t num_ropes;
+    const float *query_scale;  // [T], of layers without RoPE; null: none
+} shardmix_step;
+
 typedef struct {
     const shardmix_matrix *gate_up;  // the gate's rows, then as many of up
     const shardmix_matrix *down;
-    const float *norm;               // null: the input is normalised already
+    const float *norm;
     int64_t activation;
     double norm_epsilon;
 } shardmix_mlp_share;
+
+// A row of a plan: one of the two halves of a layer; the other is null.
+typedef struct {
+    const shardmix_attention_share *attention;
+    const shardmix_mlp_share *mlp;
+    const float *post_norm;  // of the row's sum, before it is added to the stream; null: none
+    double norm_epsilon;
+} shardmix_row;
 
 typedef struct {
     const shardmix_matrix *matrix;
@@ -117,16 +144,11 @@ SHARDMIX_EXPORT int64_t shardmix_dequantize(const shardmix_matrix *matrix, int64
 SHARDMIX_EXPORT int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x,
                                           int64_t num_tokens, float *out);
 
-// `x`, `out`: float32 [T, width]. `cos`, `sin`: [T, D / 2], null without RoPE. `query_scale`: [T]
-// or null. The segments' tokens follow each other in `x`; their keys and values are written.
-SHARDMIX_EXPORT int64_t shardmix_attention_part(const shardmix_attention_share *share,
-                                                const shardmix_segment *segments,
-                                                int64_t num_segments, const float *x,
-                                                int64_t num_tokens, const float *cos,
-                                                const float *sin, const float *query_scale,
-                                                float *out);
-SHARDMIX_EXPORT int64_t shardmix_mlp_part(const shardmix_mlp_share *share, const float *x,
-                                          int64_t num_tokens, float *out);
+// The stream [T, width] after all rows. If `is_partial`, with one row: what this share of it adds to
+// the stream. Keys and values of the tokens are written. `out` is not `x`.
+SHARDMIX_EXPORT int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows,
+                                      const shardmix_step *step, int64_t width, const float *x,
+                                      int64_t is_partial, float *out);
 SHARDMIX_EXPORT int64_t shardmix_head_part(const shardmix_head_share *share, const float *x,
                                            int64_t num_tokens, float *out);
 

@@ -13,6 +13,8 @@ namespace {
 
 // Width, heads, KV heads, head width, MLP columns, vocabulary, tokens of a step: odd on purpose.
 constexpr int64_t kWidth = 75, kHeads = 6, kKvHeads = 2, kHeadWidth = 20, kColumns = 43, kRows = 99;
+// Columns of an MLP whose groups coincide with panels.
+constexpr int64_t kEvenColumns = 64;
 constexpr int64_t kTokens = 7, kCapacity = 64;
 // Float32 sums differ in their order; int8 activations may round the other way, and a short cache.
 constexpr double kExact = 2e-5, kRounded = 0.02;
@@ -51,7 +53,7 @@ struct Matrix {
 };
 
 struct Model {
-    Matrix qkv, output, gate_up, down, head;
+    Matrix qkv, output, gate_up, down, even_gate_up, even_down, head;
     std::vector<float> norm, stream, cos, sin;
 
     explicit Model(int64_t format)
@@ -59,6 +61,8 @@ struct Model {
           output(format, kWidth, kHeads * kHeadWidth, kHeadWidth),
           gate_up(format, 2 * kColumns, kWidth, kWidth),
           down(format, kWidth, kColumns, kColumns),
+          even_gate_up(format, 2 * kEvenColumns, kWidth, kWidth),
+          even_down(format, kWidth, kEvenColumns, kEvenColumns),
           head(format, kRows, kWidth, kWidth),
           norm(kWidth, 1.1f),
           stream(kTokens * kWidth) {
@@ -72,7 +76,7 @@ struct Model {
 
 using Results = std::vector<std::vector<float>>;
 
-// Two steps of attention, the MLP and the head, each of whose tokens is also computed alone.
+// Two steps of attention and another MLP, the MLP whose tokens are also computed alone, the head.
 Results compute(const Model &model, int64_t variant) {
     int64_t first_heads[] = {0, 3, 6};
     shardmix_attention_share attention{};
@@ -92,22 +96,28 @@ Results compute(const Model &model, int64_t variant) {
     shardmix_mlp_share mlp{&model.gate_up.matrix, &model.down.matrix, model.norm.data(),
                            variant % 2, 1e-5};
     shardmix_head_share head{&model.head.matrix, model.norm.data(), 1e-5, 5.0};
+    shardmix_mlp_share even{&model.even_gate_up.matrix, &model.even_down.matrix, model.norm.data(),
+                            variant % 2, 1e-5};
+    shardmix_row layer[] = {{&attention, nullptr, model.norm.data(), 1e-5},
+                            {nullptr, &even, nullptr, 1e-5}};
+    shardmix_row single{nullptr, &mlp, nullptr, 1e-5};
     std::vector<char> keys(kKvHeads * kCapacity * kHeadWidth * 4), values(keys.size());
+    shardmix_place place{keys.data(), values.data(), kCapacity};
+    const float *cos = model.cos.data(), *sin = model.sin.data();
     const float *stream = model.stream.data();
     Results results(4, std::vector<float>(kTokens * kWidth));
     results[3].resize(kTokens * kRows);
     int64_t failed = 0;
-    for (int64_t step = 0; step < 2; ++step) {
-        shardmix_segment segment{keys.data(), values.data(), kCapacity, step * kTokens, kTokens};
-        failed |= shardmix_attention_part(&attention, &segment, 1, stream, kTokens,
-                                          model.cos.data(), model.sin.data(), nullptr,
-                                          results[(size_t)step].data());
-    }
-    failed |= shardmix_mlp_part(&mlp, stream, kTokens, results[2].data());
+    shardmix_segment segment{&place, 1, 0, kTokens};
+    shardmix_step step{&segment, 1, kTokens, &cos, &sin, 1, nullptr};
+    for (size_t n = 0; n < 2; ++n, segment.first_position += kTokens)
+        failed |= shardmix_rows(layer, 2, &step, kWidth, stream, 0, results[n].data());
+    failed |= shardmix_rows(&single, 1, &step, kWidth, stream, 1, results[2].data());
     failed |= shardmix_head_part(&head, stream, kTokens, results[3].data());
     std::vector<float> alone(kWidth);
+    step.num_tokens = segment.num_tokens = 1;
     for (int64_t t = 0; t < kTokens; ++t) {
-        failed |= shardmix_mlp_part(&mlp, stream + t * kWidth, 1, alone.data());
+        failed |= shardmix_rows(&single, 1, &step, kWidth, stream + t * kWidth, 1, alone.data());
         failed |= std::memcmp(alone.data(), &results[2][(size_t)(t * kWidth)], kWidth * 4) != 0;
     }
     if (failed) results.clear();

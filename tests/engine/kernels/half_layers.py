@@ -9,13 +9,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.kernels import native_kernels
 from engine.kernels.matrices import BFloat16Matrix, Matrix
+from engine.kernels.native_kernels import NativeHead, NativeRow, NativeRows
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_matrices import repack
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, Mlp, MlpShare
 from engine.model.attention import kv_groups
 from engine.model.batch import Segment, StepKind
-from engine.model.config import NO_ROPE, Layer, ModelConfig, Rope
+from engine.model.config import NO_ROPE, CacheDtype, Layer, ModelConfig, Rope
+from engine.model.kv_cache import KVCache
 from engine.model.rope import RopeTable
 from engine.model.shard import make_batch
 from tests.engine.kernels.native_arithmetic import Packable, exact_values, quantized, random_matrix
@@ -78,6 +81,33 @@ class Case:
         )
         ropes = [RopeTable(rope, self.config.head_width, CPU) for rope in self.config.ropes]
         return make_batch("generated", made, ropes, self.config, CPU)
+
+
+class NativeHalf:
+    """A half-layer of native kernels, alone, with a cache of its own."""
+
+    def __init__(
+        self, case: Case, library: NativeLibrary, window: int = 50, kv: CacheDtype = "float32"
+    ) -> None:
+        heads = case.share.num_kv_heads if isinstance(case.share, AttentionShare) else 1
+        self.cache = KVCache(case.config, {0: heads}, window, kv, CPU)
+        row = native_kernels.prepare(case.native(library), case.config, self.cache)
+        assert isinstance(row, NativeRow)
+        self._rows = NativeRows({0: row}, {}, case.config, self.cache)
+        self._case = case
+
+    def part(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """This share's part of the sum; without a batch, of tokens that follow each other."""
+        batch = batch or self._case.batch((0, 0, max(1, x.shape[0])))
+        return self._rows.part(0, x, self._rows.batch(batch))
+
+
+def native_head(case: Case, library: NativeLibrary) -> NativeHead:
+    """A head of native kernels."""
+    cache = KVCache(case.config, {}, 50, "float32", CPU)
+    head = native_kernels.prepare(case.native(library), case.config, cache)
+    assert isinstance(head, NativeHead)
+    return head
 
 
 def config_of(**changes: Any) -> ModelConfig:

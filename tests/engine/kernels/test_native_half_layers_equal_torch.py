@@ -10,18 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import native_kernels, torch_kernels
-from engine.kernels.native_kernels import NativeAttention, NativeHead, NativeMlp
 from engine.kernels.native_library import NativeLibrary
 from engine.model.config import CacheDtype, Layer, ModelConfig
 from engine.model.kv_cache import KVCache
 from tests.engine.kernels.half_layers import (
     CPU,
     Case,
+    NativeHalf,
     attention_case,
     config_of,
     configs,
     head_case,
     mlp_case,
+    native_head,
     random_stream,
 )
 from tests.engine.kernels.native_arithmetic import FORMATS
@@ -67,18 +68,17 @@ def assert_attention_agrees(
     library: NativeLibrary, case: Case, steps: tuple[Step, ...], kv: CacheDtype, window: int
 ) -> None:
     config, exact = case.config, case.exact()
-    native = native_kernels.prepare(case.native(library), config, window, kv)
-    assert isinstance(native, NativeAttention)
-    caches = [KVCache(config, {0: exact.num_kv_heads}, window, kv, CPU) for _ in range(2)]
+    native = NativeHalf(case, library, window, kv)
+    cache = KVCache(config, {0: exact.num_kv_heads}, window, kv, CPU)
     rounded = 0.0 if case.format == "bfloat16" else ROUNDED_TOLERANCE
     for number, step in enumerate(steps):
         batch = case.batch(*step)
-        for cache in caches:
-            for slot, first, count in step:
-                cache.extend(slot, first, count)
+        for slot, first, count in step:
+            cache.extend(slot, first, count)
+            native.cache.extend(slot, first, count)
         x = random_stream(config, sum(count for _, _, count in step), number)
-        expected = torch_kernels.attention_part(x, exact, batch, caches[0], config)
-        found = native_kernels.attention_part(x, native, batch, caches[1])
+        expected = torch_kernels.attention_part(x, exact, batch, cache, config)
+        found = native.part(x, batch)
         assert_near(found, expected, max(CACHE_TOLERANCES[kv], rounded))
 
 
@@ -116,16 +116,14 @@ def test_attention_agrees_after_a_slot_was_cut_back(library: NativeLibrary) -> N
     """What was written past the cut must not be seen."""
     config = config_of()
     case = attention_case(config, "bfloat16")
-    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
-    assert isinstance(native, NativeAttention)
-    cache, whole = (KVCache(config, {0: 2}, WINDOW, "float32", CPU) for _ in range(2))
+    native, whole = (NativeHalf(case, library, WINDOW) for _ in range(2))
     x = random_stream(config, 9, 1)
     for first, count, tokens in ((0, 9, x), (4, 5, x[4:].contiguous())):
-        cache.truncate(0, first)
-        cache.extend(0, first, count)
-        found = native_kernels.attention_part(tokens, native, case.batch((0, first, count)), cache)
-    whole.extend(0, 0, 9)
-    again = native_kernels.attention_part(x, native, case.batch((0, 0, 9)), whole)
+        native.cache.truncate(0, first)
+        native.cache.extend(0, first, count)
+        found = native.part(tokens, case.batch((0, first, count)))
+    whole.cache.extend(0, 0, 9)
+    again = whole.part(x, case.batch((0, 0, 9)))
     assert torch.equal(found, again[4:])
 
 
@@ -147,12 +145,11 @@ def test_mlp_agrees_over_every_width(
 ) -> None:
     use(library, data)
     case = mlp_case(config, format, columns)
-    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
-    assert isinstance(native, NativeMlp)
+    native = NativeHalf(case, library)
     x = random_stream(config, tokens, columns)
     expected = torch_kernels.mlp_part(x, case.exact(), "generated", config)
     tolerance = EXACT_TOLERANCE if format == "bfloat16" else ROUNDED_TOLERANCE
-    assert_near(native_kernels.mlp_part(x, native), expected, tolerance)
+    assert_near(native.part(x), expected, tolerance)
 
 
 @shared
@@ -173,8 +170,7 @@ def test_the_head_agrees(
 ) -> None:
     use(library, data)
     case = head_case(config, format, rows)
-    native = native_kernels.prepare(case.native(library), config, WINDOW, "float32")
-    assert isinstance(native, NativeHead)
+    native = native_head(case, library)
     x = random_stream(config, tokens, rows)
     expected = torch_kernels.head_part(x, case.exact(), config)
     tolerance = EXACT_TOLERANCE if format == "bfloat16" else ROUNDED_TOLERANCE
@@ -188,8 +184,7 @@ def test_activations_of_any_size_stay_finite(library: NativeLibrary) -> None:
     for case in (mlp, attention):
         case.share.norm.mul_(3000.0)
     x = random_stream(config, 4, 0)
-    native = native_kernels.prepare(mlp.native(library), config, WINDOW, "float32")
-    assert isinstance(native, NativeMlp)
+    native = NativeHalf(mlp, library)
     expected = torch_kernels.mlp_part(x, mlp.exact(), "generated", config)
-    assert_near(native_kernels.mlp_part(x, native), expected, EXACT_TOLERANCE)
+    assert_near(native.part(x), expected, EXACT_TOLERANCE)
     assert_attention_agrees(library, attention, STEPS[:2], "float32", WINDOW)

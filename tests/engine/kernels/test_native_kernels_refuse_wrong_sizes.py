@@ -17,10 +17,12 @@ from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from tests.engine.kernels.half_layers import (
     CPU,
+    NativeHalf,
     attention_case,
     config_of,
     head_case,
     mlp_case,
+    native_head,
     random_stream,
 )
 from tests.engine.kernels.native_arithmetic import FORMATS, random_matrix
@@ -101,15 +103,12 @@ def test_dequantising_refuses_rows_that_are_not_there(
     ids=["wide", "bfloat16", "strided", "empty"],
 )
 def test_half_layers_refuse_another_stream(library: NativeLibrary, x: torch.Tensor) -> None:
-    attention: Any = _prepare(attention_case(CONFIG, "int8").native(library))
-    mlp: Any = _prepare(mlp_case(CONFIG, "int8", 43).native(library))
-    head: Any = _prepare(head_case(CONFIG, "int8", 99).native(library))
-    cache = KVCache(CONFIG, {0: 2}, 50, "float32", CPU)
-    batch = attention_case(CONFIG, "int8").batch((0, 0, 2))
-    with pytest.raises(ProtocolError):
-        native_kernels.attention_part(x, attention, batch, cache)
-    with pytest.raises(ProtocolError):
-        native_kernels.mlp_part(x, mlp)
+    head = native_head(head_case(CONFIG, "int8", 99), library)
+    for case in (attention_case(CONFIG, "int8"), mlp_case(CONFIG, "int8", 43)):
+        half = NativeHalf(case, library)
+        half.cache.extend(0, 0, 2)
+        with pytest.raises(ProtocolError):
+            half.part(x, case.batch((0, 0, 2)))
     if x.is_contiguous():  # the head makes its own copy of what is not
         with pytest.raises(ProtocolError):
             native_kernels.head_part(x, head)
@@ -117,16 +116,13 @@ def test_half_layers_refuse_another_stream(library: NativeLibrary, x: torch.Tens
 
 def test_attention_refuses_segments_and_angles_of_other_tokens(library: NativeLibrary) -> None:
     case = attention_case(CONFIG, "int8")
-    attention: Any = _prepare(case.native(library))
-    cache = KVCache(CONFIG, {0: 2}, 50, "float32", CPU)
+    half = NativeHalf(case, library)
     x = random_stream(CONFIG, 2, 0)
     batch = case.batch((0, 0, 2))
     with pytest.raises(ProtocolError, match="segments of 3 tokens came with a stream of 2"):
-        segments = case.batch((0, 0, 3)).segments
-        native_kernels.attention_part(x, attention, replace(batch, segments=segments), cache)
+        half.part(x, case.batch((0, 0, 3)))
     with pytest.raises(ProtocolError, match="angles"):
-        ropes = case.batch((0, 0, 3)).ropes
-        native_kernels.attention_part(x, attention, replace(batch, ropes=ropes), cache)
+        half.part(x, replace(batch, ropes=case.batch((0, 0, 3)).ropes))
 
 
 @pytest.mark.parametrize(
@@ -162,4 +158,5 @@ def test_the_library_itself_refuses_structs_that_contradict_themselves(
 
 
 def _prepare(share: Any) -> object:
-    return native_kernels.prepare(share, CONFIG, 50, "float32")
+    cache = KVCache(CONFIG, {0: 2}, 50, "float32", CPU)
+    return native_kernels.prepare(share, CONFIG, cache)

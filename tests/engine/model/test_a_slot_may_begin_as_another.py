@@ -14,7 +14,7 @@ from engine.errors import CacheFull, ProtocolError
 from engine.model import kv_cache
 from engine.model.batch import Segment
 from engine.model.config import Layer
-from engine.model.kv_cache import LayerCache
+from engine.model.kv_cache import LayerCache, new_place
 from engine.model.masks import visible_mask
 from engine.model.share_keys import kv_heads_of
 from engine.model.view import LONGEST_STEP, View, cache_bytes
@@ -136,7 +136,7 @@ def test_any_steps_cuts_and_copies_show_every_key_that_the_mask_allows(
 ) -> None:
     """Each conversation stores values of its own; a copy has its source's and goes on with others."""
     view = View.of_layer(layer, window)
-    caches = [LayerCache(1, 2, view, torch.float32, CPU)]
+    caches = [LayerCache(1, 2, view, torch.float32, CPU, new_place())]
     contents: list[list[int]] = [[]]
     written = [0]
     number = 0
@@ -147,7 +147,7 @@ def test_any_steps_cuts_and_copies_show_every_key_that_the_mask_allows(
         lowest = 0 if is_whole else min(len(held), written[n] - LONGEST_STEP)
         length = data.draw(st.integers(max(0, lowest), len(held)))
         if length and data.draw(st.booleans()):
-            caches.append(caches[n].copy(length, written[n]))
+            caches.append(caches[n].copy(length, written[n], new_place()))
             assert caches[-1].num_bytes == caches[n].copied_bytes(length, written[n])
             contents.append(held[:length])
             written.append(written[n])

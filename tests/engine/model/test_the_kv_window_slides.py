@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from engine.errors import ProtocolError
 from engine.model.attention import attend
 from engine.model.config import Layer
-from engine.model.kv_cache import CACHE_DTYPES, LayerCache
+from engine.model.kv_cache import CACHE_DTYPES, LayerCache, new_place
 from engine.model.masks import visible_mask
 from engine.model.share_keys import kv_heads_of
 from engine.model.view import LONGEST_STEP, View, cache_bytes, can_truncate
@@ -124,7 +124,7 @@ def test_a_ring_shows_every_key_that_the_mask_allows(
 ) -> None:
     """Any steps and cuts: the visible keys, by their stored values, are exactly the allowed ones."""
     view = View.of_layer(layer, window)
-    cache = LayerCache(1, 2, view, torch.float32, CPU)
+    cache = LayerCache(1, 2, view, torch.float32, CPU, new_place())
     length = written = 0
     for _ in range(data.draw(st.integers(1, 8))):
         if data.draw(st.booleans()) and length:
@@ -173,7 +173,7 @@ def test_attention_is_what_its_definition_says(
 ) -> None:
     """Chunks longer than the window, too: a first piece once saw all of its chunk."""
     view = View.of_layer(layer, window)
-    cache = LayerCache(2, 4, view, torch.float32, CPU)
+    cache = LayerCache(2, 4, view, torch.float32, CPU, new_place())
     generator = torch.Generator().manual_seed(7)
     total = sum(counts)
     query, keys, values = torch.randn(3, max(total, 1), 2, 4, generator=generator)

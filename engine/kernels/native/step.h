@@ -1,0 +1,83 @@
+// What the rows of one call share: the step's tokens, the stream that each row changes, and the
+// memory between their phases.
+//
+// Every thread of the team walks through the same phases in the same order. What a phase writes is
+// complete before the next one begins, so one piece of memory serves all rows in turn.
+
+#ifndef SHARDMIX_STEP_H
+#define SHARDMIX_STEP_H
+
+#include "scratch.h"
+#include "thread_team.h"
+
+namespace shardmix {
+
+struct Token {
+    const shardmix_segment *segment;
+    int64_t position;
+};
+
+// Grows, and is kept for the next call of the same thread.
+struct StepMemory {
+    TokenMemory inputs;        // of a row's first matrix
+    TokenMemory middle;        // of its second
+    Buffer<float> projected;   // [T, rows of the first matrix]
+    Buffer<float> sums;        // [T, width]: what a row adds to the stream
+    Buffer<Token> tokens;
+    Buffer<float> maxima;      // [parts, H]: see AttentionUnit
+    Buffer<float> weights;     // [parts, H]
+    Buffer<float> parts;       // [parts, H, D]
+    Buffer<float> highest;     // [T, H]: of the maxima of the parts that are joined
+    Buffer<float> totals;      // [T, H]: of their weights
+    Buffer<Phase> phases;
+};
+
+struct Step {
+    const shardmix_step &in;
+    const shardmix_row *rows;
+    int64_t num_rows;
+    int64_t width;
+    const float *x;     // [T, width] at the entry of the first row
+    float *out;         // [T, width]: the stream, or the last row's part of the sum
+    bool is_partial;    // the latter
+    StepMemory &memory;
+    ThreadTeam &team;
+
+    // Where the products of a row's last matrix go.
+    float *sums(int64_t row) const {
+        return is_partial && row + 1 == num_rows ? out : memory.sums.data();
+    }
+
+    // Add what the row before gives, if there is one: the stream of token t at the entry of `row`.
+    const float *enter(int64_t row, int64_t t) const;
+};
+
+// Phases of a row, at most.
+constexpr int64_t kRowPhases = 8;
+
+// Memory that one row needs for a step.
+void reserve_attention(const Step &step, const shardmix_attention_share &share);
+void reserve_mlp(const Step &step, const shardmix_mlp_share &share);
+
+// One row, on every thread of the team; `phases` are kRowPhases of its own.
+void work_attention(const Step &step, int64_t row, Phase *phases);
+void work_mlp(const Step &step, int64_t row, Phase *phases);
+
+bool is_consistent(const shardmix_attention_share &share, const shardmix_step &step);
+bool is_consistent(const shardmix_mlp_share &share);
+
+// Panels [first, end) of a product, of every token.
+static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,
+                                   int64_t first, int64_t end, float *out) {
+    kernels().multiply(matrix, tokens.view(), first, end, out);
+}
+
+static inline void share_product(ThreadTeam &team, Phase &phase, const shardmix_matrix &matrix,
+                                 const PreparedTokens &tokens, float *out) {
+    team.share(phase, num_panels(matrix), panels_at_a_time(num_panels(matrix), team.num_threads()),
+               [&](int64_t first, int64_t end) { multiply_panels(matrix, tokens, first, end, out); });
+}
+
+}  // namespace shardmix
+
+#endif

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.cluster.messages import TOP_LOGITS, Array, LogitsWanted
 from engine.errors import ProtocolError
+from engine.kernels.native_logits import largest, log_sum_exp
 
 
 def check_wanted(wanted: LogitsWanted, count: int) -> None:
@@ -41,24 +43,25 @@ def short_form(logits_NV: Tensor, wanted: LogitsWanted, first_id: int) -> list[A
         ids asked for, float64 [N] at temperature 1 with them, float32 [M].
     """
     count, rows = logits_NV.shape
-    values, ids = torch.topk(logits_NV, min(TOP_LOGITS, rows), dim=-1)
-    log_sums = torch.zeros(count, dtype=torch.float64)
-    raw_sums = torch.zeros(count, dtype=torch.float64)
+    values, ids = largest(logits_NV, min(TOP_LOGITS, rows))
+    log_sums, raw_sums = np.zeros(count), np.zeros(count)
     own = [[i - first_id for i in a if first_id <= i < first_id + rows] for a in wanted.ids]
     for n, temperature in enumerate(wanted.temperatures):
         if temperature:  # A greedy choice needs no sum.
-            scaled = logits_NV[n].double() / temperature
-            # The sampler adds these itself, changed: taking them out again would cancel digits.
-            scaled[own[n]] = -torch.inf
-            log_sums[n] = torch.logsumexp(scaled, 0)
+            row = logits_NV[n]
+            if own[n]:
+                # The sampler adds these itself, changed: taking them out again would cancel digits.
+                row = row.clone()
+                row[own[n]] = -torch.inf
+            log_sums[n] = log_sum_exp(row, temperature)
         if wanted.raw_sums[n]:
-            raw_sums[n] = torch.logsumexp(logits_NV[n].double(), 0)
+            raw_sums[n] = log_sum_exp(logits_NV[n], 1.0)
     asked = [logits_NV[n, own_ids] for n, own_ids in enumerate(own) if own_ids]
     asked_values = torch.cat(asked) if asked else logits_NV.new_empty(0)
     return [
         (ids + first_id).cpu().numpy(),
         values.float().cpu().numpy(),
-        log_sums.numpy(),
-        raw_sums.numpy(),
+        log_sums,
+        raw_sums,
         asked_values.float().cpu().numpy(),
     ]

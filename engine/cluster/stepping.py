@@ -178,12 +178,12 @@ class Stepping:
                 x, row = shard.advance(
                     row, alone if piece.logit_rows else min(alone, last_row), x, batch
                 )
-                if row > last_row:
+                if row > last_row and len(piece.logit_rows) < x.shape[0]:
                     x = x[list(piece.logit_rows)]
                 exchange.counters.compute_ns += time.perf_counter_ns() - started
                 continue
             partial = shard.part(row, x, batch)
-            if row == last_row:
+            if row == last_row and len(piece.logit_rows) < x.shape[0]:
                 rows = list(piece.logit_rows)
                 x, partial = x[rows], partial[rows]
             # To the exchange's memory; on a GPU this waits until it has computed.

@@ -117,6 +117,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_void_p, c_int64, c_void_p),
     ),
     "head_part": (c_int64, POINTER(HeadStruct), c_void_p, c_int64, c_void_p),
+    "largest": (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "log_sum_exp": (c_double, c_void_p, c_int64, c_double),
     "measure_read_bandwidth": (c_double, c_int64, c_int64),
 }
 _OUT_OF_MEMORY = 2
@@ -157,6 +159,8 @@ class NativeLibrary:
     multiply: Any
     rows: Any
     head_part: Any
+    largest: Any
+    log_sum_exp: Any
     measure_read_bandwidth: Any
 
     @property

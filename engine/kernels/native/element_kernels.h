@@ -148,6 +148,67 @@ static void softcap(float *values, int64_t count, float cap) {
 }
 
 template <class Isa>
+static int64_t find_above(const float *values, int64_t start, int64_t count, float limit) {
+    constexpr int64_t kVectors = 4, kStep = kVectors * Isa::kLanes;
+    int64_t i = start;
+    auto bound = Isa::splat(limit);
+    for (; i + kStep <= count; i += kStep) {
+        bool is_found = false;
+        for (int64_t v = 0; v < kVectors; ++v)
+            is_found |= Isa::is_any_above(Isa::load(values + i + v * Isa::kLanes), bound);
+        if (is_found) break;
+    }
+    while (i < count && values[i] <= limit) ++i;
+    return i;
+}
+
+// e ** x within 2 ulp, for x at most 0; written so that a compiler makes vectors of it.
+static inline double exponential_of(double x) {
+    constexpr double kLog2E = 1.4426950408889634, kLn2High = 0x1.62e42fefap-1,
+                     kLn2Low = 0x1.cf79abc9e3b3ap-40;
+    // Added and taken away, it rounds to an integer, which is then in the low bits of the sum.
+    constexpr double kRounder = 0x1.8p52;
+    x = x < -700.0 ? -700.0 : x;
+    double sum = x * kLog2E + kRounder, power = sum - kRounder;
+    double r = (x - power * kLn2High) - power * kLn2Low;
+    // Taylor's series: |r| is at most ln 2 / 2.
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    bits = (bits + 1023) << 52;
+    double scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+static double sum_exponentials(const float *values, int64_t count, double temperature,
+                               double largest) {
+    constexpr int64_t kLanes = 16;
+    double totals[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+            totals[lane] += exponential_of((double)values[i + lane] / temperature - largest);
+    for (; i < count; ++i) totals[0] += exponential_of((double)values[i] / temperature - largest);
+    double total = 0.0;
+    for (double part : totals) total += part;
+    return total;
+}
+
+template <class Isa>
 static uint32_t read_all(const void *memory, int64_t num_bytes) {
     const uint32_t *words = (const uint32_t *)memory;
     uint32_t totals[16] = {};

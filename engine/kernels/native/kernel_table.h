@@ -68,6 +68,11 @@ struct KernelTable {
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
     void (*attend)(const AttentionUnit &unit);
+    // The first index from `start` on whose value is not at most `limit`; `count` where there is none.
+    int64_t (*find_above)(const float *values, int64_t start, int64_t count, float limit);
+    // Sum of e ** (value / temperature - largest); no exponent is above 0.
+    double (*sum_exponentials)(const float *values, int64_t count, double temperature,
+                               double largest);
     // Sum of all words: reads memory as fast as it comes. A multiple of 64 bytes.
     uint32_t (*read)(const void *memory, int64_t num_bytes);
 };

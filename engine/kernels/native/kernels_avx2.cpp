@@ -53,6 +53,10 @@ struct Avx2 {
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
     }
+    // Whether one is above, or is no number.
+    static inline bool is_any_above(Floats x, Floats limit) {
+        return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)) != 0;
+    }
     static inline void store_rounded(int8_t *to, Floats x) {
         __m256i words = _mm256_cvtps_epi32(x);
         __m128i halves =

@@ -42,6 +42,10 @@ struct Avx512Vnni {
     }
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
     static inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+    // Whether one is above, or is no number.
+    static inline bool is_any_above(Floats x, Floats limit) {
+        return _mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) != 0;
+    }
     static inline void store_rounded(int8_t *to, Floats x) {
         _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
     }

@@ -40,6 +40,10 @@ struct Neon {
     }
     static inline float sum(Floats x) { return vaddvq_f32(x); }
     static inline float largest(Floats x) { return vmaxvq_f32(x); }
+    // Whether one is above, or is no number.
+    static inline bool is_any_above(Floats x, Floats limit) {
+        return vminvq_u32(vcleq_f32(x, limit)) == 0;
+    }
     static inline void store_rounded(int8_t *to, Floats x) {
         int16x4_t halves = vqmovn_s32(vcvtnq_s32_f32(x));
         int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));

@@ -77,6 +77,12 @@ struct Portable {
         for (float value : x.lane) found = value > found ? value : found;
         return found;
     }
+    // Whether one is above, or is no number.
+    static inline bool is_any_above(const Floats &x, const Floats &limit) {
+        for (int64_t i = 0; i < kLanes; ++i)
+            if (!(x.lane[i] <= limit.lane[i])) return true;
+        return false;
+    }
     static inline void store_rounded(int8_t *to, const Floats &x) {
         // A NaN has no integer: like the other instruction sets, give it the least.
         for (int64_t i = 0; i < kLanes; ++i)

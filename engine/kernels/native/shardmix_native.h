@@ -152,6 +152,13 @@ SHARDMIX_EXPORT int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows
 SHARDMIX_EXPORT int64_t shardmix_head_part(const shardmix_head_share *share, const float *x,
                                            int64_t num_tokens, float *out);
 
+// The largest of `count` values and where they are, descending; of equal ones the first comes first,
+// and before all what is no number. 1 <= num_wanted <= count.
+SHARDMIX_EXPORT int64_t shardmix_largest(const float *values, int64_t count, int64_t num_wanted,
+                                         int64_t *indices, float *largest);
+// log(sum of e ** (value / temperature)), as exact as doubles are; temperature > 0.
+SHARDMIX_EXPORT double shardmix_log_sum_exp(const float *values, int64_t count, double temperature);
+
 // Bytes per second at which all threads together read memory once; 0 where there is none left.
 SHARDMIX_EXPORT double shardmix_measure_read_bandwidth(int64_t num_bytes, int64_t num_passes);
 

@@ -168,7 +168,15 @@ static inline double exponential_of(double x) {
                      kLn2Low = 0x1.cf79abc9e3b3ap-40;
     // Added and taken away, it rounds to an integer, which is then in the low bits of the sum.
     constexpr double kRounder = 0x1.8p52;
-    x = x < -700.0 ? -700.0 : x;
+    // At least -700, where the result has not left the normal numbers. Taken as an integer, without
+    // a comparison: no compiler makes vectors of one with what might be no number.
+    constexpr int64_t kMost = 0x4085e00000000000;  // the bits of 700
+    int64_t magnitude;
+    memcpy(&magnitude, &x, sizeof magnitude);
+    magnitude = (magnitude & INT64_MAX) - kMost;
+    magnitude = kMost + (magnitude & (magnitude >> 63));
+    memcpy(&x, &magnitude, sizeof x);
+    x = -x;
     double sum = x * kLog2E + kRounder, power = sum - kRounder;
     double r = (x - power * kLn2High) - power * kLn2Low;
     // Taylor's series: |r| is at most ln 2 / 2.
@@ -196,12 +204,14 @@ static inline double exponential_of(double x) {
 
 static double sum_exponentials(const float *values, int64_t count, double temperature,
                                double largest) {
-    constexpr int64_t kLanes = 16;
-    double totals[kLanes] = {};
+    constexpr int64_t kLanes = 64;
+    double totals[kLanes] = {}, parts[kLanes];
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
+    for (; i + kLanes <= count; i += kLanes) {
         for (int64_t lane = 0; lane < kLanes; ++lane)
-            totals[lane] += exponential_of((double)values[i + lane] / temperature - largest);
+            parts[lane] = exponential_of((double)values[i + lane] / temperature - largest);
+        for (int64_t lane = 0; lane < kLanes; ++lane) totals[lane] += parts[lane];
+    }
     for (; i < count; ++i) totals[0] += exponential_of((double)values[i] / temperature - largest);
     double total = 0.0;
     for (double part : totals) total += part;

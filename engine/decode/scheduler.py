@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from engine.cluster import messages as m
@@ -32,6 +33,7 @@ from engine.decode.batching import (
     logits_wanted,
     prompt_works,
     step_kind,
+    take_back,
 )
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
@@ -94,6 +96,8 @@ class Scheduler:
         self._embeddings: EmbeddingSource | None = None
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        # Whose step failed with others in it: each has one alone, which shows whose fault it was.
+        self._apart: list[Sequence] = []
         self._operations: list[m.SlotOperation] = []
         self._step_id = 0
         self._slots = Slots(0, lambda _written, _length: False)
@@ -281,15 +285,17 @@ class Scheduler:
             return
         self._coordinator.check()
         self._admit()
-        kind = step_kind(self._running, self._last_kind)
+        self._apart = [s for s in self._apart if s in self._running]
+        running = self._apart[:1] or self._running
+        kind = step_kind(running, self._last_kind)
         if kind == "prompt":
             limit = self._piece(kind, 1, has_logits=False)
-            works = prompt_works(self._running, limit, self._piece(kind, 1, has_logits=True))
+            works = prompt_works(running, limit, self._piece(kind, 1, has_logits=True))
         else:
-            num_together = sum(s.next_kind == "generated" for s in self._running)
+            num_together = sum(s.next_kind == "generated" for s in running)
             limit = self._piece(kind, max(1, num_together), has_logits=False)
             vocab_size = self._load.config.vocab_size
-            works = generated_works(self._running, limit, self._step_times, vocab_size)
+            works = generated_works(running, limit, self._step_times, vocab_size)
         if works or self._operations:
             self._step(kind, works)
         self._pace.report(self._listener)
@@ -354,10 +360,13 @@ class Scheduler:
         except StepAborted:
             for work in works:
                 work.sequence.is_broken = True
+            # A device may have failed before it heard of this: then it did not all of them.
+            self._ask_again(step.operations)
             return
         except StepFailed as failed:
             self._take_failure(step, works, failed.error)
             return
+        self._apart = self._apart[1:]
         self._tell_links(load.plan, answers)
         num_right = -sum(work.sequence.num_accepted for work in works)
         for work in works:
@@ -387,10 +396,19 @@ class Scheduler:
 
     def _take_failure(self, step: m.Step, works: list[Work], error: EngineError) -> None:
         """A step was not computed: it may have come to some devices, or to none."""
-        self._operations = without_copies(step.operations)
-        for work in works:
-            self._fail(work.sequence, error)
-        emptied = {o.slot for o in step.operations if o.action == "copy"}
+        self._operations = take_back(works)
+        self._ask_again(step.operations)
+        if any(operation.action == "copy" for operation in step.operations):
+            return  # Perhaps there is no memory for a copy: what it holds is computed instead.
+        if len(works) == 1:
+            self._fail(works[0].sequence, error)
+        else:
+            self._apart = [work.sequence for work in works]
+
+    def _ask_again(self, operations: Seq[m.SlotOperation]) -> None:
+        """Let the next step begin with these; slots that were to begin with a copy begin empty."""
+        self._operations = without_copies(operations) + self._operations
+        emptied = {o.slot for o in operations if o.action == "copy"}
         for sequence in self._running:
             if sequence.slot in emptied:
                 sequence.take_seat(sequence.slot, 0, 0)

@@ -90,6 +90,11 @@ class ModelShard:
                 roles = _Roles({"norm": post_norm}, packed, self.config)
                 self._post_norms[row] = roles.norm("norm")
 
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels have all of what generated tokens need."""
+        return self._native.keys() == self._shares.keys()
+
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.
 

@@ -73,6 +73,11 @@ class _DropPlan:
     done: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: int
+
+
 class Scheduler:
     """Runs requests on the plan in force."""
 
@@ -82,9 +87,10 @@ class Scheduler:
         Args:
             make_coordinator: called in the scheduler's thread, which then owns the result.
         """
-        self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | None] = (
+        self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | _Cancel | None] = (
             queue.SimpleQueue()
         )
+        # Who is not to be waited for, until its `_Cancel` is taken, which comes after its `_Submit`.
         self._cancelled: set[int] = set()
         self._listener = listener
         self._should_end = False
@@ -141,7 +147,7 @@ class Scheduler:
         """
         self._cancelled.add(request_id)
         self._coordinator.wake()
-        self._commands.put(None)
+        self._commands.put(_Cancel(request_id))
 
     def runner_lost(self, public_key: bytes, cause: str) -> None:
         """A worker says that the runner with a key ended. Only the host's main thread."""
@@ -195,6 +201,9 @@ class Scheduler:
                 self._put_plan(command)
             elif isinstance(command, _Submit):
                 self._waiting.append(command.sequence)
+            elif isinstance(command, _Cancel):
+                self._drop_cancelled()
+                self._cancelled.discard(command.request_id)
             elif isinstance(command, _DropPlan):
                 self._coordinator.abort()
                 self._load = None
@@ -224,7 +233,7 @@ class Scheduler:
         def should_stop() -> bool:
             if self._should_end or command.request_id in self._cancelled:
                 return True
-            self._drop_cancelled(but=command.request_id)
+            self._drop_cancelled()
             return False
 
         try:
@@ -255,16 +264,13 @@ class Scheduler:
         )
         listener.on_plan(command.request_id, command.load, loaded)
 
-    def _drop_cancelled(self, but: int = 0) -> None:
-        """End what was cancelled. Args: but: a call that hears of it by itself."""
-        cancelled = set(self._cancelled) - {but}
-        if not cancelled:
-            return
+    def _drop_cancelled(self) -> None:
+        """End what was cancelled, as far as it is known yet."""
+        cancelled = set(self._cancelled)
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id in cancelled:
                 sequence.cancel()
                 self._finish(sequence)
-        self._cancelled -= cancelled  # Not clear(): another thread may have added one meanwhile.
 
     def _plan_lost(self, error: EngineError) -> None:
         self._load = None

@@ -32,7 +32,7 @@ from engine.plan.plan import Plan
 from tests.engine.cluster.runner_under_attack import plan_of
 from tests.tiny_models import save_tiny_llama
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 KV_WINDOW = 2000
 
 
@@ -57,6 +57,7 @@ class Heard:
         ended: requests by id: the sequence where they ended well, else the error.
         losses: of plans.
         epoch: of the plan in force.
+        while_loading: called in the scheduler's thread when weights have come.
     """
 
     def __init__(self) -> None:
@@ -64,6 +65,7 @@ class Heard:
         self.losses: list[EngineError] = []
         self._news = threading.Condition()
         self.epoch = 0
+        self.while_loading: Callable[[], None] = lambda: None
 
     def wait(self, is_so: Callable[[], bool]) -> None:
         """Until something holds that is told here."""
@@ -100,7 +102,8 @@ class Heard:
 
     def on_links(self, links: Mapping[tuple[str, str], m.LinkFigures]) -> None: ...
 
-    def on_load_progress(self, request_id: int, device: str, done: int, total: int) -> None: ...
+    def on_load_progress(self, request_id: int, device: str, done: int, total: int) -> None:
+        self.while_loading()
 
     def on_measured(self, measured: Measured) -> None: ...
 
@@ -154,10 +157,10 @@ class Running:
 
     def begin_anew(self) -> None:
         """Put the plan in force with nothing in the cache, and forget what was heard."""
+        self.heard.ended.clear()
         self._load = self._load._replace(epoch=self._load.epoch + 1)
         self.scheduler.put_plan(0, self._load, self._addresses, self.model.checkpoint)
         self.heard.wait(lambda: self.heard.epoch == self._load.epoch)
-        self.heard.ended.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -29,7 +29,6 @@ from engine.cli_options import (
 from engine.cli_output import ProgressDisplay, plan_dict, report
 from engine.cli_running import run_session
 from engine.host import messages as api
-from engine.kernels.available import kernels_in_use
 from engine.measuring.bandwidth import ceiling_share, read_bandwidth, usable_cores
 from engine.measuring.conversations import ConversationSpeeds, measure_conversations
 from engine.measuring.private_memory import MemoryWatch
@@ -40,7 +39,6 @@ CONVERSATIONS = (4, 16)
 TOKENS_EACH = 16
 # The command is to take a minute: more conversations are left out where they would take longer.
 LONGEST_SECONDS = 20.0
-TORCH = "torch"
 
 
 def bench(
@@ -103,8 +101,7 @@ def _figures(session: Session, finished: api.Finished, ready_seconds: float) -> 
     return {
         "model": session.model.name,
         "dtype": session.model.dtype,
-        # float32 is for equal numbers everywhere, which torch computes.
-        "kernels": TORCH if session.model.dtype == "float32" else kernels_in_use(),
+        "kernels": {name: session.kernels.get(name, "") for name in devices},
         "prompt_tokens": finished.prompt_tokens,
         "generated_tokens": len(finished.token_ids),
         "prefill_tps": finished.prefill_tps,
@@ -166,11 +163,22 @@ def table_lines(figures: dict[str, Any], together: dict[int, ConversationSpeeds]
         speed = f"{figures['memory_bytes_per_second'] / 1e9:,.1f} GB/s"
         rows.append(("this computer's memory gives", speed, f"to {figures['cores']} cores"))
     names, values = (max(len(row[i]) for row in rows) for i in (0, 1))
-    head = f"{figures['model']}, computed in {figures['dtype']} by {figures['kernels']} kernels"
-    devices = ", ".join(device["name"] for device in figures["devices"])
-    lines = [f"{head} on {devices}", ""]
+    head = f"{figures['model']}, computed in {figures['dtype']}"
+    lines = [f"{head} by {computers(figures['kernels'])}", ""]
     lines += [f"{name:{names}}  {value:>{values}}  {note}".rstrip() for name, value, note in rows]
     return lines
+
+
+def computers(kernels: dict[str, str]) -> str:
+    """What computes on which devices, such as "torch kernels on laptop/cuda0".
+
+    Args:
+        kernels: by device, as each says it.
+    """
+    devices: dict[str, list[str]] = {}
+    for device, name in kernels.items():
+        devices.setdefault(f"{name} kernels".lstrip(), []).append(device)
+    return " and ".join(f"{name} on {', '.join(found)}" for name, found in devices.items())
 
 
 def _share(figures: dict[str, Any]) -> str:

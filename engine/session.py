@@ -89,6 +89,7 @@ class Session:
             raise ConfigError(f"--threads {options.num_threads} is not between 1 and 1024")
         self._listener = on_event or _ignore
         self.memory: dict[str, api.DeviceMemory] = {}
+        self.kernels: dict[str, str] = {}
         # Of other computers, by key: a node whose own name is taken gets another one here.
         self._names: dict[str, str] = {}
         self.client = EngineClient()
@@ -130,7 +131,7 @@ class Session:
         self._listener = on_event
 
     def apply(self, plan: Plan) -> None:
-        """Put another plan in force; `plan` and `memory` follow it, and any that replaces it."""
+        """Put another plan in force; `plan`, `memory` and `kernels` follow it, and any that replaces it."""
         self._run(api.ApplyPlan(request_id=self._id(), plan=plan))
 
     def generate(
@@ -242,6 +243,7 @@ class Session:
         if isinstance(message, api.PlanApplied):
             self.plan = message.plan
             self.memory = {need.device: need for need in message.memory}
+            self.kernels = {item.device: item.kernels for item in message.kernels}
         elif isinstance(message, api.NodesChanged):
             self._names = {node.key: node.name for node in message.nodes if node.key}
         self._listener(message)

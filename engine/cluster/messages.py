@@ -362,6 +362,7 @@ class Loaded(Message, frozen=True):
         weight_bytes: memory of the packed weights.
         received_bytes: of weights that came from the engine host in this load, in file format.
         cached_bytes, local_bytes: that came from the node's cache, or from its copy of the model.
+        kernels: what computes generated tokens here, for people, such as "native avx2".
     """
 
     epoch: Count
@@ -369,6 +370,7 @@ class Loaded(Message, frozen=True):
     received_bytes: Count = 0
     cached_bytes: Count = 0
     local_bytes: Count = 0
+    kernels: str = ""
 
 
 class Connect(Message, frozen=True):

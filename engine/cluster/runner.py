@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from engine.cluster.torch_exchange import TorchExchange
 from engine.cluster.torch_group import Rendezvous
 from engine.cluster.transport import Channel, listen
 from engine.errors import EngineError, ProtocolError, WorkerLost, one_line
+from engine.kernels.available import kernels_in_use
 from engine.kernels.matrices import Matrix
+from engine.kernels.native_library import TORCH
+from engine.kernels.native_matrices import NativeMatrix
 from engine.kernels.threads import set_num_threads
 from engine.model.batch import StepKind
 from engine.model.shard import ModelShard
@@ -325,6 +329,7 @@ class Runner:
                 received_bytes=loader.received_bytes,
                 cached_bytes=loader.cached_bytes,
                 local_bytes=loader.local_bytes,
+                kernels=_kernels(shard, self._packed.values()),
             )
         )
 
@@ -497,3 +502,11 @@ class Runner:
         if last is None or not is_last or logits is None:
             raise ProtocolError(f"the logits of step {message.step_id} are gone")
         self._send(last[1], [logits])
+
+
+def _kernels(shard: ModelShard, packed: Iterable[Matrix | torch.Tensor]) -> str:
+    """What computes generated tokens with these weights, for people."""
+    if not any(isinstance(weight, NativeMatrix) for weight in packed):
+        return TORCH
+    # Mixtures of experts, for example: torch routes, and multiplies by native products.
+    return kernels_in_use() if shard.is_native else f"{kernels_in_use()} and {TORCH}"

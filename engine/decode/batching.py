@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.cluster.messages import MAX_LOGITS_BYTES, Array, LogitsWanted
+from engine.cluster.messages import MAX_LOGITS_BYTES, Array, LogitsWanted, SlotOperation
 from engine.decode.drafting import Draft
 from engine.decode.listener import EmbeddingSource
 from engine.decode.logit_changes import LogitChanges
@@ -142,6 +142,19 @@ def generated_works(
     for work, length in zip(free, lengths, strict=True):
         work.num_drafted = length
     return works
+
+
+def take_back(works: Seq[Work]) -> list[SlotOperation]:
+    """Let a step that failed be as if it had not been: some devices may have computed it.
+
+    Returns: what cuts its tokens off again where they are.
+    """
+    for work in works:
+        work.sequence.advance(0, work.count + work.num_drafted)
+    return [
+        SlotOperation(action="truncate", slot=work.sequence.slot, length=work.sequence.num_computed)
+        for work in works
+    ]
 
 
 def find_changes(works: Seq[Work]) -> None:

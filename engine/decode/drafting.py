@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from engine.decode.run_index import RunIndex
+
 # Tokens of a match, the surest first; one token alone is followed by anything.
 MATCH_LENGTHS = (4, 3, 2)
 # Even a sure guess is verified in steps short enough to stream.
@@ -50,26 +52,20 @@ class PromptLookup:
 
     def __init__(self) -> None:
         """Know no ids yet."""
-        # For each match length: the tokens of a run, and where its latest one ends.
-        self._ends: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in MATCH_LENGTHS}
+        self._indexes = [(length, RunIndex(length)) for length in MATCH_LENGTHS]
         self._num_indexed = 0
 
     def draft(self, ids: Sequence[int], limit: int) -> Draft:
         """What followed the latest earlier occurrence of the longest known run of last tokens."""
-        self._index(ids)
-        for length in MATCH_LENGTHS:
-            start = self._ends[length].get(tuple(ids[-length:]))
-            if start is not None:
-                return Draft(_continue(ids, start, limit), length)
-        return Draft([], 0)
-
-    def _index(self, ids: Sequence[int]) -> None:
-        """Note every run that has a successor: the last one would only find itself."""
-        for end in range(max(self._num_indexed, len(ids) - MAX_INDEXED), len(ids)):
-            for length in MATCH_LENGTHS:
-                if end >= length:
-                    self._ends[length][tuple(ids[end - length : end])] = end
+        first_end = max(self._num_indexed, len(ids) - MAX_INDEXED)
         self._num_indexed = len(ids)
+        # All of them, also after a match: each notes what the next call may find.
+        start, source = None, 0
+        for length, index in self._indexes:
+            end = index.latest(ids, first_end)
+            if start is None and end is not None:
+                start, source = end, length
+        return Draft([] if start is None else _continue(ids, start, limit), source)
 
 
 def _continue(ids: Sequence[int], start: int, limit: int) -> list[int]:

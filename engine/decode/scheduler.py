@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from engine.cluster import messages as m
@@ -32,6 +33,7 @@ from engine.decode.batching import (
     logits_wanted,
     prompt_works,
     step_kind,
+    take_back,
 )
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
@@ -71,6 +73,11 @@ class _DropPlan:
     done: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: int
+
+
 class Scheduler:
     """Runs requests on the plan in force."""
 
@@ -80,9 +87,10 @@ class Scheduler:
         Args:
             make_coordinator: called in the scheduler's thread, which then owns the result.
         """
-        self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | None] = (
+        self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | _Cancel | None] = (
             queue.SimpleQueue()
         )
+        # Who is not to be waited for, until its `_Cancel` is taken, which comes after its `_Submit`.
         self._cancelled: set[int] = set()
         self._listener = listener
         self._should_end = False
@@ -94,6 +102,8 @@ class Scheduler:
         self._embeddings: EmbeddingSource | None = None
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        # Whose step failed with others in it: each has one alone, which shows whose fault it was.
+        self._apart: list[Sequence] = []
         self._operations: list[m.SlotOperation] = []
         self._step_id = 0
         self._slots = Slots(0, lambda _written, _length: False)
@@ -137,7 +147,7 @@ class Scheduler:
         """
         self._cancelled.add(request_id)
         self._coordinator.wake()
-        self._commands.put(None)
+        self._commands.put(_Cancel(request_id))
 
     def runner_lost(self, public_key: bytes, cause: str) -> None:
         """A worker says that the runner with a key ended. Only the host's main thread."""
@@ -191,6 +201,9 @@ class Scheduler:
                 self._put_plan(command)
             elif isinstance(command, _Submit):
                 self._waiting.append(command.sequence)
+            elif isinstance(command, _Cancel):
+                self._drop_cancelled()
+                self._cancelled.discard(command.request_id)
             elif isinstance(command, _DropPlan):
                 self._coordinator.abort()
                 self._load = None
@@ -220,7 +233,7 @@ class Scheduler:
         def should_stop() -> bool:
             if self._should_end or command.request_id in self._cancelled:
                 return True
-            self._drop_cancelled(but=command.request_id)
+            self._drop_cancelled()
             return False
 
         try:
@@ -251,16 +264,13 @@ class Scheduler:
         )
         listener.on_plan(command.request_id, command.load, loaded)
 
-    def _drop_cancelled(self, but: int = 0) -> None:
-        """End what was cancelled. Args: but: a call that hears of it by itself."""
-        cancelled = set(self._cancelled) - {but}
-        if not cancelled:
-            return
+    def _drop_cancelled(self) -> None:
+        """End what was cancelled, as far as it is known yet."""
+        cancelled = set(self._cancelled)
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id in cancelled:
                 sequence.cancel()
                 self._finish(sequence)
-        self._cancelled -= cancelled  # Not clear(): another thread may have added one meanwhile.
 
     def _plan_lost(self, error: EngineError) -> None:
         self._load = None
@@ -281,15 +291,17 @@ class Scheduler:
             return
         self._coordinator.check()
         self._admit()
-        kind = step_kind(self._running, self._last_kind)
+        self._apart = [s for s in self._apart if s in self._running]
+        running = self._apart[:1] or self._running
+        kind = step_kind(running, self._last_kind)
         if kind == "prompt":
             limit = self._piece(kind, 1, has_logits=False)
-            works = prompt_works(self._running, limit, self._piece(kind, 1, has_logits=True))
+            works = prompt_works(running, limit, self._piece(kind, 1, has_logits=True))
         else:
-            num_together = sum(s.next_kind == "generated" for s in self._running)
+            num_together = sum(s.next_kind == "generated" for s in running)
             limit = self._piece(kind, max(1, num_together), has_logits=False)
             vocab_size = self._load.config.vocab_size
-            works = generated_works(self._running, limit, self._step_times, vocab_size)
+            works = generated_works(running, limit, self._step_times, vocab_size)
         if works or self._operations:
             self._step(kind, works)
         self._pace.report(self._listener)
@@ -354,10 +366,13 @@ class Scheduler:
         except StepAborted:
             for work in works:
                 work.sequence.is_broken = True
+            # A device may have failed before it heard of this: then it did not all of them.
+            self._ask_again(step.operations)
             return
         except StepFailed as failed:
             self._take_failure(step, works, failed.error)
             return
+        self._apart = self._apart[1:]
         self._tell_links(load.plan, answers)
         num_right = -sum(work.sequence.num_accepted for work in works)
         for work in works:
@@ -387,10 +402,19 @@ class Scheduler:
 
     def _take_failure(self, step: m.Step, works: list[Work], error: EngineError) -> None:
         """A step was not computed: it may have come to some devices, or to none."""
-        self._operations = without_copies(step.operations)
-        for work in works:
-            self._fail(work.sequence, error)
-        emptied = {o.slot for o in step.operations if o.action == "copy"}
+        self._operations = take_back(works)
+        self._ask_again(step.operations)
+        if any(operation.action == "copy" for operation in step.operations):
+            return  # Perhaps there is no memory for a copy: what it holds is computed instead.
+        if len(works) == 1:
+            self._fail(works[0].sequence, error)
+        else:
+            self._apart = [work.sequence for work in works]
+
+    def _ask_again(self, operations: Seq[m.SlotOperation]) -> None:
+        """Let the next step begin with these; slots that were to begin with a copy begin empty."""
+        self._operations = without_copies(operations) + self._operations
+        emptied = {o.slot for o in operations if o.action == "copy"}
         for sequence in self._running:
             if sequence.slot in emptied:
                 sequence.take_seat(sequence.slot, 0, 0)

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from engine.cluster.coordinator import PlanLoaded
 from engine.cluster.messages import LinkFigures
 from engine.decode.sequence import DeviceTotals
+from engine.errors import one_line
 from engine.host import messages as api
+
+# Characters that a device has to name its kernels.
+MAX_KERNELS = 60
 
 
 def loaded_bytes(loaded: PlanLoaded) -> tuple[api.LoadedBytes, ...]:
@@ -19,6 +23,14 @@ def loaded_bytes(loaded: PlanLoaded) -> tuple[api.LoadedBytes, ...]:
             cached=message.cached_bytes,
             local=message.local_bytes,
         )
+        for device, message in loaded.devices.items()
+    )
+
+
+def kernels(loaded: PlanLoaded) -> tuple[api.DeviceKernels, ...]:
+    """What computes on each device, as it says."""
+    return tuple(
+        api.DeviceKernels(device=device, kernels=one_line(message.kernels, MAX_KERNELS))
         for device, message in loaded.devices.items()
     )
 

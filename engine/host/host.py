@@ -434,6 +434,7 @@ class EngineHost:
                     loaded=figures.loaded_bytes(loaded),
                     links=figures.links(loaded.links),
                     note=self._application.note,
+                    kernels=figures.kernels(loaded),
                 )
             )
             self._end(request_id, api.Done(request_id=request_id))

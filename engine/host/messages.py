@@ -271,6 +271,17 @@ class DeviceMemory(Message, frozen=True):
     cache_bytes: int
 
 
+class DeviceKernels(Message, frozen=True):
+    """What computes generated tokens on a device.
+
+    Attributes:
+        kernels: as the device says it, such as "native avx2", "torch", or "native avx2 and torch".
+    """
+
+    device: str
+    kernels: str
+
+
 class LoadedBytes(Message, frozen=True):
     """Where the weights of one device came from in the last load, in file format.
 
@@ -308,6 +319,7 @@ class PlanApplied(Message, frozen=True):
     loaded: tuple[LoadedBytes, ...] = ()
     links: tuple[Link, ...] = ()
     note: str = ""
+    kernels: tuple[DeviceKernels, ...] = ()
 
 
 class PlanInterrupted(Message, frozen=True):

@@ -94,6 +94,11 @@ class ModelShard:
         if native_rows:
             self._native = NativeRows(native_rows, self._post_norms, self.config, self.cache)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels have all of what generated tokens need."""
+        return self._native.keys() == self._shares.keys()
+
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.
 

@@ -261,13 +261,18 @@ class Coordinator:
         )
 
     def step(
-        self, step: m.Step, embeddings: m.Array | None, should_abort: Callable[[], bool]
+        self,
+        step: m.Step,
+        embeddings: m.Array | None,
+        should_abort: Callable[[], bool],
+        on_sent: Callable[[], None],
     ) -> list[DeviceAnswer]:
         """Send a step to all devices of the plan and wait for all answers.
 
         Args:
             embeddings: float32 [T, width]; goes to the devices of the first row.
             should_abort: asked now and then while waiting.
+            on_sent: called once all devices have the step to compute.
         Returns: one answer per device, in device order.
         Raises:
             WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
@@ -287,6 +292,7 @@ class Coordinator:
             except WorkerLost:
                 self.abort()
                 raise
+        on_sent()
         return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:

@@ -43,6 +43,9 @@ class Listener(Protocol):
         `put_plan` or `drop_plan` must follow.
         """
 
+    def on_step_sent(self) -> None:
+        """The devices compute the next step; tokens of the one before may be passed on meanwhile."""
+
     def on_links(self, links: Mapping[tuple[str, str], m.LinkFigures]) -> None:
         """What devices measured of their links in use; the first of each pair measured."""
 

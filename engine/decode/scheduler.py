@@ -362,7 +362,9 @@ class Scheduler:
             return self._should_end or (bool(everyone) and everyone <= self._cancelled)
 
         try:
-            answers = self._coordinator.step(step, rows, nobody_wants_it)
+            answers = self._coordinator.step(
+                step, rows, nobody_wants_it, self._listener.on_step_sent
+            )
         except StepAborted:
             for work in works:
                 work.sequence.is_broken = True

@@ -41,6 +41,8 @@ from engine.weights.models import resolve_model
 logger = logging.getLogger(__name__)
 
 NODES_SECONDS = 1.0
+# While tokens alone wake the main thread, nodes are heard so often.
+TURN_SECONDS = 0.05
 # Telemetry of many nodes goes to the clients together.
 NODES_TOGETHER_SECONDS = 0.1
 BUSY_SECONDS = 0.5
@@ -87,6 +89,7 @@ class EngineHost:
         self._plan: Plan | None = None
         self._busy_until = 0.0
         self._nodes_at = 0.0
+        self._turn_at = 0.0
         self._have_nodes_changed = False
         self._preparation = Preparation(
             lambda request_id, error: self._call_soon(lambda: self._fail(request_id, error))
@@ -116,11 +119,15 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until asked to end."""
+        sockets: tuple[zmq.Socket[Any], ...] = ()
+        poller = zmq.Poller()
         while not self._should_end:
-            poller = zmq.Poller()
             own = (self._client.socket, self._wake_receiver)
-            for socket in (*own, *self._nodes.sockets(), *self._node_calls.sockets()):
-                poller.register(socket, zmq.POLLIN)
+            wanted = (*own, *self._nodes.sockets(), *self._node_calls.sockets())
+            if wanted != sockets:
+                sockets, poller = wanted, zmq.Poller()
+                for socket in sockets:
+                    poller.register(socket, zmq.POLLIN)
             ready = dict(poller.poll(50 if self._have_nodes_changed else 250))
             if self._wake_receiver in ready:
                 while self._wake_receiver.poll(0):
@@ -129,6 +136,10 @@ class EngineHost:
                 self._soon.get()()
             if self._client.socket in ready:
                 self._hear_clients()
+            # Not for every token of an answer: what waits in there has seconds.
+            if ready.keys() <= {self._wake_receiver} and time.monotonic() < self._turn_at:
+                continue
+            self._turn_at = time.monotonic() + TURN_SECONDS
             self._have_nodes_changed |= self._node_calls.hear()
             self._application.tick()
             self._have_nodes_changed |= self._nodes.hear()
@@ -155,6 +166,9 @@ class EngineHost:
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         self._soon.put(function)
+        self._wake()
+
+    def _wake(self) -> None:
         with self._wake_lock:
             if not self._wake_sender.closed:
                 with contextlib.suppress(zmq.Again):  # Enough unread wakes do as well as one more.
@@ -296,7 +310,8 @@ class EngineHost:
 
         def on_text(token_id: int, text: str) -> None:
             event = api.TokensGenerated(request_id=request_id, token_ids=(token_id,), text=text)
-            self._call_soon(lambda: self._send(request_id, event))
+            # `on_step_sent` wakes the main thread, or what ends the answer does.
+            self._soon.put(lambda: self._send(request_id, event))
 
         def on_prefill(done: int, total: int) -> None:
             event = api.Progress(
@@ -455,6 +470,11 @@ class EngineHost:
             self._send_nodes()
 
         self._call_soon(tell)
+
+    def on_step_sent(self) -> None:
+        """The devices compute: time to pass on what the step before gave."""
+        if not self._soon.empty():
+            self._wake()
 
     def on_links(self, links: Mapping[tuple[str, str], LinkFigures]) -> None:
         """Figures of links in use."""

@@ -97,7 +97,13 @@ class ModelShard:
     @property
     def is_native(self) -> bool:
         """Whether native kernels have all of what generated tokens need."""
-        return self._native.keys() == self._shares.keys()
+        head = self.plan.shape.head_row
+        return all(
+            self._native_head is not None
+            if row == head
+            else self._native is not None and row in self._native
+            for row in self._shares
+        )
 
     def batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         """Extend the slots by a step's segments and prepare what its rows share.

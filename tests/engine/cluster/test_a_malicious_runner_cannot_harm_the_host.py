@@ -159,7 +159,7 @@ class Bench:
             logits=m.LogitsWanted(form="top", ids=((),), temperatures=(1.0,), raw_sums=(True,)),
         )
         rows = self._checkpoint.embed(IDS)
-        answers = self.coordinator.step(step, rows, lambda: False)
+        answers = self.coordinator.step(step, rows, lambda: False, lambda: None)
         candidates = gather_candidates(self.plan, answers, [[]])[0]
         return int(candidates.ids[np.argmax(candidates.logits)])
 

@@ -107,6 +107,8 @@ class Heard:
 
     def on_measured(self, measured: Measured) -> None: ...
 
+    def on_step_sent(self) -> None: ...
+
 
 class Running:
     """A tiny model on the runners of a plan, under a scheduler."""

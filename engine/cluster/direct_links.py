@@ -166,11 +166,14 @@ class DirectLinks:
 
         Raises: StreamEndedError.
         """
-        stream = self.streams[index]
-        is_taken = stream.send(parts)
-        if stream.has_unsent:
-            self._poller.modify(stream.fileno(), zmq.POLLIN | zmq.POLLOUT)
+        is_taken = self.streams[index].send(parts)
+        if self.streams[index].has_unsent:
+            self.await_room(index)
         return is_taken
+
+    def await_room(self, index: int) -> None:
+        """Have the poller wake when a stream takes more of what it has not sent: `flush`."""
+        self._poller.modify(self.streams[index].fileno(), zmq.POLLIN | zmq.POLLOUT)
 
     def flush(self) -> None:
         """Go on with what a stream has not sent yet; its end is seen where it is read."""

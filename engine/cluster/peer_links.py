@@ -23,7 +23,7 @@ from engine.cluster import direct_form
 from engine.cluster import messages as m
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.link_estimate import LinkEstimate
-from engine.cluster.sealed_stream import StreamEndedError
+from engine.cluster.sealed_stream import SealedStream, StreamEndedError
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, Received, connect_watched
 from engine.errors import ProtocolError, WorkerLost
@@ -141,7 +141,7 @@ class PeerLinks:
 
     def stamp(self, index: int) -> tuple[int, int | None]:
         """This end's clock, and what a hand-over tells a peer of its earlier ones."""
-        return time.monotonic_ns(), self._estimates[index].heard_ns
+        return time.perf_counter_ns(), self._estimates[index].heard_ns
 
     def send(self, index: int, message: m.Message, tensors: Sequence[m.Array] = ()) -> int:
         """Queue a message to a peer.
@@ -156,7 +156,9 @@ class PeerLinks:
                     return size
             return self._outboxes[index].send(message, tensors)
         except WorkerLost as error:
-            raise self.lost(index, str(error)) from error
+            # libzmq drops the queue of a connection that was refused, and tells why at the monitor.
+            self.note_losses()
+            raise self.lost(index, self._losses.get(index, str(error))) from error
 
     def _send_directly(self, index: int, message: m.HandOver, tensors: Sequence[m.Array]) -> int:
         """Bytes of the tensors, or 0 where the message has to go the other way."""
@@ -179,14 +181,20 @@ class PeerLinks:
 
         Args: parts: of DIRECT_BYTES and a head, together.
         """
+        stream = self.direct.streams.get(index)
+        if stream is None:
+            return False
         try:
-            return index in self.direct.streams and self.direct.send(index, parts)
+            is_taken = stream.send(parts)
         except StreamEndedError as error:
             self._end_stream(index, error)
             return False  # libzmq says what became of the peer.
+        if stream.has_unsent:
+            self.direct.await_room(index)
+        return is_taken
 
-    def next_record(self, index: int, deadline_ns: int) -> bytes | None:
-        """The next record of a peer's stream, if it comes in time, without sleeping.
+    def next_record(self, index: int, deadline_ns: int) -> SealedStream | None:
+        """A peer's stream with its next record taken, if that comes in time, without sleeping.
 
         Args: deadline_ns: of `time.perf_counter_ns`.
         """
@@ -194,15 +202,18 @@ class PeerLinks:
         if stream is None:
             return None
         try:
-            while True:
-                record = stream.receive()
-                if record is not None or time.perf_counter_ns() > deadline_ns:
-                    return record
-                # A peer on the same core, or libzmq's threads, may have to run first.
-                _let_others_run()
+            while not stream.take():
+                while True:
+                    if time.perf_counter_ns() > deadline_ns:
+                        return None
+                    if stream.has_more():
+                        break
+                    # A peer on the same core, or libzmq's threads, may have to run first.
+                    _let_others_run()
         except StreamEndedError as error:
             self._end_stream(index, error)
             return None
+        return stream
 
     def read_record(self, index: int, record: bytes) -> Received[m.HandOver]:
         """The hand-over of a peer's record.
@@ -243,9 +254,9 @@ class PeerLinks:
 
     def _receive_directly(self) -> Received[m.HandOver] | None:
         for index in list(self.direct.streams):
-            record = self.next_record(index, 0)  # Only what is here.
-            if record is not None:
-                return self.read_record(index, record)
+            stream = self.next_record(index, 0)  # Only what is here.
+            if stream is not None:
+                return self.read_record(index, bytes(stream.record[: stream.num_bytes]))
         return None
 
     def note_message(
@@ -258,7 +269,7 @@ class PeerLinks:
             heard_ns: what it last heard of this device's hand-overs; see `HandOver`.
         """
         if waited_ns > SHORTEST_WAIT_NS:
-            now_ns = time.monotonic_ns()
+            now_ns = time.perf_counter_ns()
             self._estimates[index].take_message(num_bytes, sent_ns, now_ns, heard_ns)
 
     def _note_received(self, received: Received[m.HandOver], waited_ns: int) -> None:

@@ -23,7 +23,7 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 # Full logits of one step; the short form has a step compute as many.
@@ -573,6 +573,8 @@ class DirectOffer(Message, frozen=True):
     """Asks a peer of a higher index to connect to this one's computer, for small hand-overs.
 
     Attributes:
+        local_name: of a local socket, too, where a peer on the same computer finds this one; "" for
+            none.
         key_there, key_back: seal what the peer sends, and what it receives.
     """
 
@@ -582,6 +584,7 @@ class DirectOffer(Message, frozen=True):
     cipher: Literal["chacha20-poly1305", "aes-256-gcm"]
     key_there: StreamKey
     key_back: StreamKey
+    local_name: Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{32})?\Z")] = ""
 
 
 WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown

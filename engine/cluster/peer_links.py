@@ -71,6 +71,8 @@ class PeerLinks:
         peers: Sequence[m.Peer],
         poller: zmq.Poller,
         listen_endpoint: str = "",
+        *,
+        offers_local: bool = True,
     ) -> None:
         """Begin to connect.
 
@@ -81,11 +83,12 @@ class PeerLinks:
                 inbox.
             listen_endpoint: where this device may listen for direct streams, as `transport.listen`
                 takes it; "" offers none.
+            offers_local: whether peers on this computer may open them without TCP.
         Raises: ProtocolError: a peer's endpoint or key is none.
         """
         self._inbox = inbox
         self._poller = poller
-        self.direct = DirectLinks(device_index, listen_endpoint, poller)
+        self.direct = DirectLinks(device_index, listen_endpoint, poller, offers_local=offers_local)
         self._is_measuring = False
         self._endpoints = {peer.device_index: peer.exchange_endpoint for peer in peers}
         self._epoch = epoch

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -19,6 +22,7 @@ from engine.cluster import messages as m
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.exchange import Exchange
 from engine.cluster.peer_links import DIRECT_BYTES
+from engine.cluster.sealed_stream import SealedStream
 from engine.errors import ProtocolError
 from tests.engine.cluster.exchange_members import (
     EPOCH,
@@ -62,6 +66,54 @@ def hand_over(member: Member, num_tokens: int, step_id: int) -> m.Array:
 def test_every_pair_has_a_stream(members: Members) -> None:
     for member in members.members:
         assert set(streams_of(member)) == {0, 1, 2} - {member.index}
+
+
+def family_of(stream: SealedStream) -> socket.AddressFamily:
+    """What kind of socket a stream has."""
+    with socket.socket(fileno=os.dup(stream.fileno())) as same:
+        return same.family
+
+
+@pytest.mark.parametrize("offers_local", [True, False])
+def test_devices_of_one_computer_do_without_tcp_where_they_can(*, offers_local: bool) -> None:
+    is_local = offers_local and sys.platform == "linux"
+    with Members(PLAN, offers_local=offers_local) as members:
+        measure_together(members)
+        for member in members.members:
+            assert member.links is not None
+            families = {family_of(one) for one in member.links.direct.streams.values()}
+            assert families == {socket.AF_UNIX if is_local else socket.AF_INET}
+        results = members.all_do(lambda member: hand_over(member, SMALL, 1))
+    total = sum(
+        np.random.default_rng(n).standard_normal((SMALL, WIDTH)).astype(np.float32)
+        for n in range(3)
+    )
+    for result in results:
+        assert np.array_equal(result, add_doubled(0, np.ones_like(total), total))
+
+
+def test_a_local_name_that_nobody_has_here_leads_to_tcp() -> None:
+    """As from a peer on another computer."""
+    poller = zmq.Poller()
+    near = DirectLinks(0, "tcp://127.0.0.1:*", poller)
+    far = DirectLinks(1, "", poller)
+    offer = msgspec.structs.replace(near.offers(EPOCH, [1])[1], local_name="0" * 32)
+    far.dial(offer, "tcp://127.0.0.1:1")
+    open_both(near, far, poller)
+    try:
+        assert family_of(near.streams[1]) == family_of(far.streams[0]) == socket.AF_INET
+    finally:
+        near.close()
+        far.close()
+
+
+@pytest.mark.parametrize("name", ["../run/service", "0" * 31, "0" * 32 + "\n", "\0" * 32])
+def test_a_local_name_of_another_shape_is_refused(name: str) -> None:
+    offer = msgspec.structs.replace(offer_of(0, 9), local_name=name)
+    codec: m.Codec[m.DirectOffer] = m.Codec(m.EXCHANGE_ACCEPTS)
+    frames = codec.encode(offer)
+    with pytest.raises(ProtocolError, match="local_name"):
+        codec.decode(frames)
 
 
 @pytest.mark.parametrize("num_tokens", [SMALL, LARGE])

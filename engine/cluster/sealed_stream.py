@@ -71,13 +71,13 @@ class StreamEndedError(Exception):
     """The other end closed the connection, or it broke, or somebody changed what came over it."""
 
 
-def _asker(connected: socket.socket) -> Callable[[], Any]:
-    """Asks, without waiting, whether a socket has something to read."""
+def _asker(connected: socket.socket) -> Callable[[int], Any]:
+    """What tells whether a socket has something to read, after some milliseconds at most."""
     if not hasattr(select, "poll"):  # Windows.
-        return lambda: select.select([connected], [], [], 0)[0]
+        return lambda milliseconds: select.select([connected], [], [], milliseconds / 1000)[0]
     poll = select.poll()
     poll.register(connected, select.POLLIN)
-    return functools.partial(poll.poll, 0)
+    return poll.poll
 
 
 class SealedStream:
@@ -178,16 +178,19 @@ class SealedStream:
         self._unsent = None if count == len(unsent) else unsent[count:]
         return self._unsent is None
 
-    def has_more(self) -> bool:
-        """Whether there is something to read, if only the end; costs less than to try."""
-        return bool(self._is_readable())
+    def has_more(self, milliseconds: int = 0) -> bool:
+        """Whether there is something to read, if only the end; costs less than to try.
+
+        Args: milliseconds: to wait for it, at most.
+        """
+        return bool(self._is_readable(milliseconds))
 
     def has_record(self) -> bool:
         """Whether a whole record is here; reads what has come.
 
         Raises: StreamEndedError.
         """
-        return self._record_end > 0 or (self._read() and self._find_record())
+        return self._record_end > 0 or self._read()
 
     def take(self) -> bool:
         """Whether the next record is here; `record` begins with it until the next call.
@@ -195,7 +198,7 @@ class SealedStream:
         Raises: StreamEndedError: also where what came is no record of the other end's: whoever can
             change it can as well cut the connection.
         """
-        if not self._record_end and not self.has_record():
+        if not self._record_end and not self._read():
             return False
         first, end = self._start + _LENGTH.size, self._record_end
         num_bytes = end - first
@@ -267,7 +270,7 @@ class SealedStream:
         return True
 
     def _read(self) -> bool:
-        """Whether something has come."""
+        """Read what has come; whether a whole record is there."""
         if self._start:  # So that the longest record always has room.
             held = bytes(self._view[self._start : self._end])
             self._view[: len(held)] = held
@@ -281,4 +284,4 @@ class SealedStream:
         if not count:
             raise StreamEndedError
         self._end += count
-        return True
+        return self._find_record()

@@ -18,11 +18,13 @@ from engine.cluster.collectives import Way
 from engine.cluster.messages import Array
 from engine.cluster.peer_links import SHORTEST_WAIT_NS, PeerLinks
 from engine.cluster.sealed_stream import SealedStream
-from engine.cluster.step_counters import Counters
+from engine.cluster.step_counters import Counters, LinkCounters
 from engine.cluster.wire_format import Activations, from_wire
 
-# A core waits awake for a small hand-over for so long.
+# A core waits awake for a small hand-over for so long, and then asleep: to wake from one socket costs
+# less than to wake from all that a runner listens to. The engine host is not heard meanwhile.
 LOOK_NS = 50_000
+SLEEP_MILLISECONDS = 2
 
 
 class _Theirs:
@@ -107,6 +109,7 @@ class Swap:
         """
         links, num_bytes = self._links, lane.part_bytes
         parts: list[Array] = []
+        heard: list[LinkCounters] = []
         started = time.perf_counter_ns()
         deadline_ns = started + LOOK_NS
         for theirs in lane.theirs:
@@ -114,10 +117,11 @@ class Swap:
                 parts.append(own)
                 continue
             index = theirs.index
-            stream = links.next_record(index, deadline_ns)
+            stream = links.next_record(index, deadline_ns, SLEEP_MILLISECONDS)
             ended = time.perf_counter_ns()
             waited, started = ended - started, ended
             traffic = counters.link(index)
+            heard.append(traffic)
             counters.wait_ns += waited
             traffic.wait_ns += waited
             if stream is None:
@@ -134,9 +138,9 @@ class Swap:
             sent_ns, heard_ns = direct_form.read_times(stream.record, direct_form.TIMES_PLACE)
             if waited > SHORTEST_WAIT_NS:
                 links.note_message(index, num_bytes, waited, sent_ns, heard_ns)
-        for index in lane.way.others:
+        for traffic in heard:
             counters.received_bytes += num_bytes
-            counters.link(index).received_bytes += num_bytes
+            traffic.received_bytes += num_bytes
         if lane.wire != "float32":
             parts = [from_wire(part) for part in parts]
         total = parts[0] + parts[1]

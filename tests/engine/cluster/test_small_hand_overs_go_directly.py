@@ -84,10 +84,8 @@ def test_devices_of_one_computer_do_without_tcp_where_they_can(*, offers_local: 
             families = {family_of(one) for one in member.links.direct.streams.values()}
             assert families == {socket.AF_UNIX if is_local else socket.AF_INET}
         results = members.all_do(lambda member: hand_over(member, SMALL, 1))
-    total = sum(
-        np.random.default_rng(n).standard_normal((SMALL, WIDTH)).astype(np.float32)
-        for n in range(3)
-    )
+    parts = [np.random.default_rng(n).standard_normal((SMALL, WIDTH)) for n in range(3)]
+    total = parts[0].astype(np.float32) + parts[1].astype(np.float32) + parts[2].astype(np.float32)
     for result in results:
         assert np.array_equal(result, add_doubled(0, np.ones_like(total), total))
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from engine.cluster import direct_form
 from engine.cluster import messages as m
+from engine.cluster.codec import Codec
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.exchange import Exchange
 from engine.cluster.peer_links import DIRECT_BYTES
@@ -108,7 +109,7 @@ def test_a_local_name_that_nobody_has_here_leads_to_tcp() -> None:
 @pytest.mark.parametrize("name", ["../run/service", "0" * 31, "0" * 32 + "\n", "\0" * 32])
 def test_a_local_name_of_another_shape_is_refused(name: str) -> None:
     offer = msgspec.structs.replace(offer_of(0, 9), local_name=name)
-    codec: m.Codec[m.DirectOffer] = m.Codec(m.EXCHANGE_ACCEPTS)
+    codec: Codec[m.DirectOffer] = Codec(m.EXCHANGE_ACCEPTS)
     frames = codec.encode(offer)
     with pytest.raises(ProtocolError, match="local_name"):
         codec.decode(frames)

@@ -92,10 +92,14 @@ def run_plain_zmq(side: int, pipe: Connection) -> list[float]:
     return samples
 
 
-def run_exchange(side: int, pipe: Connection, *, is_direct: bool) -> list[float]:
+def run_exchange(
+    side: int, pipe: Connection, *, is_direct: bool, offers_local: bool = True
+) -> list[float]:
     """`Exchange` as runners have it: encrypted, headers coded and checked, sums added.
 
-    Args: is_direct: by streams between the computing threads, or by ZeroMQ with CURVE alone.
+    Args:
+        is_direct: by streams between the computing threads, or by ZeroMQ with CURVE alone.
+        offers_local: whether streams may be local sockets, as runners of one computer have them.
     """
     context: zmq.Context[Any] = zmq.Context()
     gatekeeper = Gatekeeper(context)
@@ -114,7 +118,18 @@ def run_exchange(side: int, pipe: Connection, *, is_direct: bool) -> list[float]
     for one in (control, bound):
         poller.register(one, zmq.POLLIN)
     place = "tcp://127.0.0.1:*" if is_direct else ""
-    links = PeerLinks(context, keys, inbox, 1, side, plan.devices, [peer], poller, place)
+    links = PeerLinks(
+        context,
+        keys,
+        inbox,
+        1,
+        side,
+        plan.devices,
+        [peer],
+        poller,
+        place,
+        offers_local=offers_local,
+    )
 
     def wait(seconds: float) -> None:
         ready = dict(poller.poll(int(seconds * 1000)))
@@ -162,6 +177,9 @@ WAYS: dict[str, Callable[[int, Connection], list[float]]] = {
     BASELINE: run_tcp,
     "ZeroMQ, no encryption": run_plain_zmq,
     "our exchange": functools.partial(run_exchange, is_direct=True),
+    "our exchange, its streams by TCP": functools.partial(
+        run_exchange, is_direct=True, offers_local=False
+    ),
     "our exchange, all of it through ZeroMQ with CURVE": functools.partial(
         run_exchange, is_direct=False
     ),

@@ -18,6 +18,7 @@ import zmq
 from numpy.typing import NDArray
 
 from engine.cluster import messages as m
+from engine.cluster.codec import Codec
 from engine.cluster.coordinator import Coordinator, LoadRequest, RunnerAddress
 from engine.cluster.loading import Loader
 from engine.cluster.local_copies import describe_files
@@ -227,8 +228,8 @@ class OneLoad:
         self.keys = shard.weight_keys()
 
     def _run(self, loader: Loader, server: WeightServer) -> None:
-        to_host: m.Codec[Any] = m.Codec(m.RUNNER_SENDS)
-        to_runner: m.Codec[Any] = m.Codec(m.RUNNER_ACCEPTS)
+        to_host: Codec[Any] = Codec(m.RUNNER_SENDS)
+        to_runner: Codec[Any] = Codec(m.RUNNER_ACCEPTS)
         while not loader.is_complete:
             sent = loader.messages()
             is_busy = loader.work()

@@ -20,6 +20,7 @@ from typing import Any, cast
 import zmq
 
 from engine.cluster import messages as m
+from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.identity import fingerprint
 from engine.cluster.load_check import is_host
 from engine.cluster.processes import Greeting, answer_address, end_with_parent, read_greeting
@@ -72,7 +73,7 @@ class Worker:
                 options.keys,
                 DOMAIN,
                 options.endpoint,
-                max_message_bytes=m.MAX_HEADER_BYTES,  # No message to a worker has tensors.
+                max_message_bytes=MAX_HEADER_BYTES,  # No message to a worker has tensors.
             )
         except EngineError:
             self._gatekeeper.close()

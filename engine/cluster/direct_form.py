@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,11 @@ _FIELDS = struct.Struct("<HQQIIIBB")
 _TENSOR = struct.Struct("<III")
 # Every part of a head is whole float32s long, so that tensors lie where numpy is quick.
 _TIMES = struct.Struct("<qq")
+_STEP = struct.Struct("<Q")
+_STEP_PLACE = struct.calcsize("<HQ")
+# Of the record of one tensor: where its times are, and where its values begin.
+TIMES_PLACE = _FIELDS.size + _TENSOR.size
+PART_PLACE = TIMES_PLACE + _TIMES.size
 _UNHEARD = -(1 << 63)
 _IS_PART, _HAS_PARTIAL, _HAS_RESIDUAL = 1, 2, 4
 _MAX_TENSORS = 2
@@ -61,20 +65,22 @@ def encode(message: m.HandOver, tensors: Sequence[m.Array]) -> list[bytes | m.Ar
 
 
 def part_head(
-    epoch: int,
-    step_id: int,
-    row: int,
-    device_index: int,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-) -> bytes:
-    """How the record of a lone partial sum of a step's only piece begins; `times` follow.
+    epoch: int, row: int, device_index: int, wire: str, shape: tuple[int, int]
+) -> bytearray:
+    """How records of a lone partial sum of a step's only piece begin; `write_step` completes it.
 
     Whoever knows what must come compares instead of reading.
+
+    Args: shape: [N, width], of values in the wire format.
     """
     bits = _IS_PART | _HAS_PARTIAL
-    fields = _FIELDS.pack(m.PROTOCOL_VERSION, epoch, step_id, row, 0, device_index, bits, 1)
-    return fields + _TENSOR.pack(_CODES[dtype], *shape)
+    fields = _FIELDS.pack(m.PROTOCOL_VERSION, epoch, 0, row, 0, device_index, bits, 1)
+    return bytearray(fields + _TENSOR.pack(_CODES[_dtype_of(wire)], *shape))
+
+
+def write_step(head: bytearray, step_id: int) -> None:
+    """Put the step into a head."""
+    _STEP.pack_into(head, _STEP_PLACE, step_id)
 
 
 def times(sent_ns: int, heard_ns: int | None) -> bytes:
@@ -82,29 +88,36 @@ def times(sent_ns: int, heard_ns: int | None) -> bytes:
     return _TIMES.pack(sent_ns, _UNHEARD if heard_ns is None else heard_ns)
 
 
-def read_times(record: bytes, place: int) -> tuple[int, int | None]:
+def read_times(record: bytes | bytearray, place: int) -> tuple[int, int | None]:
     """What `times` wrote.
 
     Raises: ProtocolError: a number that is no time.
     """
     sent_ns, heard_ns = _TIMES.unpack_from(record, place)
-    if abs(sent_ns) > _LARGEST_NS or (heard_ns != _UNHEARD and abs(heard_ns) > _LARGEST_NS):
+    is_unheard = heard_ns == _UNHEARD
+    if not (
+        -_LARGEST_NS <= sent_ns <= _LARGEST_NS
+        and (is_unheard or -_LARGEST_NS <= heard_ns <= _LARGEST_NS)
+    ):
         raise ProtocolError(f"a hand-over was sent at {sent_ns} ns, which no clock shows")
-    return sent_ns, None if heard_ns == _UNHEARD else heard_ns
+    return sent_ns, None if is_unheard else heard_ns
 
 
-def part_of(
-    record: bytes, head: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> m.Array | None:
-    """The tensor of a record that begins with `head`, a read-only view; None where it does not.
+def part_bytes(wire: str, shape: tuple[int, int]) -> int:
+    """Bytes of a partial sum [N, width] in the wire format."""
+    return shape[0] * shape[1] * _dtype_of(wire).itemsize
 
-    Args: dtype, shape: that `head` was made with.
-    """
-    place = len(head) + _TIMES.size
-    count = math.prod(shape)
-    if len(record) != place + count * dtype.itemsize or not record.startswith(head):
-        return None
-    return np.frombuffer(record, dtype, count, place).reshape(shape)
+
+def part_view(memory: bytearray, wire: str, shape: tuple[int, int]) -> m.Array:
+    """The partial sum of whatever record of a `part_head` lies at the start of a memory."""
+    count = shape[0] * shape[1]
+    view = np.frombuffer(memory, _dtype_of(wire), count, PART_PLACE).reshape(shape)
+    view.flags.writeable = False
+    return view
+
+
+def _dtype_of(wire: str) -> np.dtype[Any]:
+    return np.dtype(m.NUMPY_TYPES[wire])
 
 
 def decode(record: bytes) -> tuple[m.HandOver, list[m.Array]]:

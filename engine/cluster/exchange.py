@@ -24,7 +24,7 @@ from engine.cluster.messages import Array, HandOver, expect_tensor
 from engine.cluster.peer_links import DIRECT_BYTES, PeerLinks
 from engine.cluster.pieces import MAX_PIECES
 from engine.cluster.step_counters import Counters
-from engine.cluster.swap import LOOK_NS, Swap
+from engine.cluster.swap import LOOK_NS, Lane, Swap
 from engine.cluster.transport import Received
 from engine.cluster.wire_format import Activations, from_wire, to_wire
 from engine.errors import EngineError, ProtocolError
@@ -51,7 +51,6 @@ class _UnderWay:
         num_bytes: about what each peer sends for it.
         x, own: the residual stream and the rounded partial sum, where this device contributed.
         finished: what is known of the result, by who finished it.
-        is_quick: whether the next record of each other device's stream is all it waits for.
     """
 
     way: Way
@@ -61,7 +60,6 @@ class _UnderWay:
     x: Activations | None = None
     own: Array | None = None
     finished: dict[int, Activations] = field(default_factory=dict[int, Activations])
-    is_quick: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -117,7 +115,11 @@ class Exchange:
         self._early: dict[tuple[int, int, int, _Phase, int], tuple[HandOver, list[Array], int]] = {}
         self._early_bytes = 0
         self._under_way: dict[tuple[int, int], _UnderWay] = {}
-        self._swap = Swap(epoch, device_index, links)
+        self._swap = Swap(links)
+        self._lanes: dict[tuple[int, int, str], Lane] = {}
+        # A hand-over that waits for nothing but the next record of each other device's stream: with
+        # this device's stream and rounded partial sum.
+        self._quick: tuple[Lane, Activations, Array] | None = None
 
     def row(self, row: int) -> RowHandOver:
         """What this device does after `row`."""
@@ -132,6 +134,7 @@ class Exchange:
         self._step_id = step_id
         self._wire = self.plan.wire_of(kind)
         self._under_way.clear()
+        self._quick = None
         for key in [key for key in self._early if key[0] < step_id]:
             self._forget(key)
         self.links.check()
@@ -163,44 +166,39 @@ class Exchange:
             ProtocolError: a peer sent something else than the plan says.
             WorkerLost: a peer takes nothing.
         """
-        me, key = self.device_index, (row, num_tokens, self._wire)
+        key = (row, num_tokens, self._wire)
         way = self._ways.get(key)
         if way is None:
-            # Lengths of prompts are many; those of generated steps come again and again.
-            if len(self._ways) >= MAX_WAYS:
-                self._ways.clear()
-            way = self._ways[key] = way_of(
-                self._table[row], me, num_tokens, self._width, self._wire
-            )
-        item = _UnderWay(way, row, piece, num_tokens * self._width * 4)
-        # With others under way, what comes next on a stream may be theirs.
-        item.is_quick = (
-            way.is_swap
-            and not (piece or self._under_way or self._early or self._checks_numbers)
-            and item.num_bytes <= DIRECT_BYTES
-        )
+            way = self._prepare(key)
+        own = None
+        started = time.perf_counter_ns()
         if way.table.contributes:
             assert x is not None
             assert partial is not None
-            started = time.perf_counter_ns()
             own = to_wire(partial, self._wire)
             if self._wire == "float16" and np.isinf(own).any():
                 raise EngineError(
                     f"{self.plan.shape.row_name(row)} gives numbers past 65,504, the largest that "
                     "float16 holds; use wire float32 or bfloat16"
                 )
-            item.x, item.own = x, own
-            if item.is_quick:
-                for target in self._swap.send(self._step_id, row, way, own, self.counters):
-                    self._send(target, item, "part", True, False, [own])
-            else:
-                self._send_parts(item)
+            # With others under way, what comes next on a stream may be theirs.
+            if not (piece or self._under_way or self._early or self._quick is not None):
+                lane = self._lanes.get(key)
+                if lane is not None:
+                    for target in self._swap.send(lane, self._step_id, own, self.counters):
+                        self._send(target, row, piece, "part", True, False, [own])
+                    self._quick = (lane, x, own)
+                    self.counters.serialise_ns += time.perf_counter_ns() - started
+                    return
+        self._settle()
+        item = _UnderWay(way, row, piece, num_tokens * self._width * 4, x, own)
+        if own is not None:
+            self._send_parts(item)
             self.counters.serialise_ns += time.perf_counter_ns() - started
         if way.table.receives:
             is_first = not self._under_way
             self._under_way[row, piece] = item
-            if not item.is_quick:
-                self._go_on(item)
+            self._go_on(item)
             if not is_first:  # Others may wait for this device to add what came meanwhile.
                 for _ in range(MAX_TAKEN_EARLY):
                     if not self._take_one():
@@ -213,11 +211,19 @@ class Exchange:
             ProtocolError: a peer sent something else than the plan says.
             WorkerLost: a peer is gone, or said nothing for too long.
         """
+        quick = self._quick
+        if quick is not None and not piece and quick[0].row == row:
+            lane, x, own = quick
+            total, records = self._swap.receive(lane, self._step_id, own, self.counters)
+            if total is not None:
+                self._quick = None
+                return self._add(row, x, total)
+            self._settle()
+            for index, record in records.items():
+                self._keep(self.links.read_record(index, record))
         item = self._under_way.get((row, piece))
         if item is None:
             return None
-        if item.is_quick and not item.is_done:
-            self._finish_swap(item)
         heard_at = time.monotonic()
         deadline = heard_at + WAIT_SECONDS
         while not item.is_done:
@@ -245,22 +251,30 @@ class Exchange:
         del self._under_way[row, piece]
         return item.result
 
-    def _finish_swap(self, item: _UnderWay) -> None:
-        """Finish, if the others' parts are what comes next; else go on as ever."""
-        assert item.own is not None
-        assert item.x is not None
-        parts, records = self._swap.receive(
-            self._step_id, item.row, item.way, item.own, self.counters
-        )
-        if parts is None:
-            for index, record in records.items():
-                self._keep(self.links.read_record(index, record))
-            self._go_on(item)
+    def _prepare(self, key: tuple[int, int, str]) -> Way:
+        """Work out once how so many tokens are handed over after a row."""
+        # Lengths of prompts are many; those of generated steps come again and again.
+        if len(self._ways) >= MAX_WAYS:
+            self._ways.clear()
+            self._lanes.clear()
+        row, num_tokens, wire = key
+        me, shape = self.device_index, (num_tokens, self._width)
+        way = self._ways[key] = way_of(self._table[row], me, num_tokens, self._width, wire)
+        is_small = num_tokens * self._width * 4 <= DIRECT_BYTES
+        if way.is_swap and is_small and not self._checks_numbers:
+            self._lanes[key] = Lane(row, way, wire, self._epoch, me, shape)
+        return way
+
+    def _settle(self) -> None:
+        """Let a quick hand-over go on as the others do."""
+        if self._quick is None:
             return
-        total = from_wire(parts[0])
-        for part in parts[1:]:
-            total = total + from_wire(part)
-        item.finished[self.device_index] = self._add(item.row, item.x, total)
+        lane, x, own = self._quick
+        self._quick = None
+        num_bytes = lane.shape[0] * self._width * 4
+        item = _UnderWay(lane.way, lane.row, 0, num_bytes, x, own)
+        self._under_way[lane.row, 0] = item
+        self._go_on(item)
 
     def take_early(self) -> None:
         """While idle: answer pings, and keep what quicker peers sent for the next step.
@@ -298,12 +312,15 @@ class Exchange:
             tensors = [] if way.is_alone else [item.own[start:end]]
             if lacks_stream:
                 tensors.append(np.ascontiguousarray(stream[start:end]))
-            self._send(target, item, "part", not way.is_alone, lacks_stream, tensors)
+            self._send(
+                target, item.row, item.piece, "part", not way.is_alone, lacks_stream, tensors
+            )
 
     def _send(
         self,
         target: int,
-        item: _UnderWay,
+        row: int,
+        piece: int,
         phase: _Phase,
         has_partial: bool,
         has_residual: bool,
@@ -313,8 +330,8 @@ class Exchange:
         message = HandOver(
             epoch=self._epoch,
             step_id=self._step_id,
-            row=item.row,
-            piece=item.piece,
+            row=row,
+            piece=piece,
             device_index=self.device_index,
             phase=phase,
             has_partial=has_partial,
@@ -340,7 +357,7 @@ class Exchange:
             if way.is_scattered:
                 for other in way.table.owners:
                     if other != me:
-                        self._send(other, item, "finished", False, True, [mine])
+                        self._send(other, item.row, item.piece, "finished", False, True, [mine])
         if not way.is_scattered:
             return
         for owner in way.needed:

@@ -45,6 +45,8 @@ class LinkEstimate:
     Attributes:
         round_trip_seconds: of a small message and its answer.
         bytes_per_second: from the other end to this one.
+        heard_ns: the least age of a small message from the other end, by both clocks; to be told
+            to it. None before one came.
         is_fresh: whether traffic has changed a figure since `is_fresh` was last cleared.
     """
 
@@ -52,15 +54,10 @@ class LinkEstimate:
         """Know nothing yet."""
         self.round_trip_seconds = 0.0
         self.bytes_per_second = 0.0
+        self.heard_ns: int | None = None
         self.is_fresh = False
         self._least_age = _Best(min)
         self._most_bandwidth = _Best(max)
-
-    @property
-    def heard_ns(self) -> int | None:
-        """The least age of a small message from the other end, by both clocks; to be told to it."""
-        least = self._least_age.value
-        return None if least is None else int(least)
 
     def take_ping(self, seconds: float) -> None:
         """A small message went there and back."""
@@ -89,6 +86,7 @@ class LinkEstimate:
         least = self._least_age.value
         if least is None:
             return
+        self.heard_ns = int(least)
         if num_bytes >= LARGE_BYTES:
             seconds = max((age - least) * 1e-9, _SHORTEST_SECONDS)
             self._most_bandwidth.take(num_bytes / seconds, received_ns)

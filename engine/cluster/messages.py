@@ -1,35 +1,27 @@
-"""What nodes say to each other, and the one binary form they say it in.
+"""What nodes say to each other: one frozen struct per message, and who accepts which.
 
-In: typed frozen structs and numpy arrays. Out: a msgpack header frame, then one raw frame per
-tensor. `array_like` structs leave no room for unknown or repeated fields; the header states each
-tensor's dtype and shape, and the receiver checks them against what it expects before it uses a
-byte. This module opens no socket and decides nothing.
+`array_like` structs leave no room for unknown or repeated fields, and each field states what its
+values may be. How messages and their tensors become frames is `codec`'s business. This module
+opens no socket and decides nothing.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import PeerRefused, PromptError, ProtocolError, one_line
+from engine.errors import ProtocolError
 from engine.model.batch import ComputeDtype, Count, Index, Segment, StepKind
 from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 5
-MAX_HEADER_BYTES = 4 << 20
-MAX_TENSORS = 16
+PROTOCOL_VERSION = 6
 # Full logits of one step; the short form has a step compute as many.
 MAX_LOGITS_BYTES = 128 << 20
-MAX_RANK = 8
-MAX_DIMENSION = 1 << 40
 # Raw logits in the short form of an answer, per position and vocabulary shard.
 TOP_LOGITS = 256
 
@@ -50,34 +42,13 @@ NUMPY_TYPES: dict[str, npt.DTypeLike] = {
     "uint8": np.uint8,
     "int64": np.int64,
 }
-# By the dtype itself: numpy takes longer to name one than to send a small tensor.
-_WIRE_NAMES: dict[np.dtype[Any], WireDtype] = {
-    np.dtype(kind): cast(WireDtype, name) for name, kind in NUMPY_TYPES.items()
-}
-_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(kind) for name, kind in NUMPY_TYPES.items()}
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(kind) for name, kind in NUMPY_TYPES.items()}
 
 
 class Message(
     msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag=True
 ):
     """Base of everything that crosses a process border."""
-
-
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Dtype and shape of one raw frame."""
-
-    dtype: WireDtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size by unbounded integers; a shape that is none gives a number no frame can match."""
-        if len(self.shape) > MAX_RANK:
-            return -1
-        for n in self.shape:
-            if not 0 <= n <= MAX_DIMENSION:
-                return -1
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 # ---- engine host <-> worker ------------------------------------------------------------------
@@ -575,6 +546,8 @@ class DirectOffer(Message, frozen=True):
     """Asks a peer of a higher index to connect to this one's computer, for small hand-overs.
 
     Attributes:
+        local_name: of a local socket, too, where a peer on the same computer finds this one; "" for
+            none.
         key_there, key_back: seal what the peer sends, and what it receives.
     """
 
@@ -584,6 +557,7 @@ class DirectOffer(Message, frozen=True):
     cipher: Literal["chacha20-poly1305", "aes-256-gcm"]
     key_there: StreamKey
     key_back: StreamKey
+    local_name: Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{32})?\Z")] = ""
 
 
 WORKER_ACCEPTS = Hello | Probe | Enroll | StartRunner | StopRunner | Shutdown
@@ -622,138 +596,13 @@ RUNNER_SENDS = (
 )
 EXCHANGE_ACCEPTS = HandOver | Ping | Pong | DirectOffer
 
-M = TypeVar("M")
-
-# Reads the version of a message that is otherwise unknown.
-VERSION_DECODER = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw])
-# And its name.
-TAG_DECODER = msgspec.msgpack.Decoder(tuple[int, tuple[msgspec.Raw, ...], msgspec.Raw])
-
-
-class Codec(Generic[M]):
-    """Encodes any message; decodes only the union it was made for."""
-
-    def __init__(self, accepted: Any) -> None:
-        """Args: accepted: a struct type or a union of them."""
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(tuple[int, accepted, tuple[TensorSpec, ...]])
-        self._fields: dict[str, tuple[str, ...]] = {
-            kind.__name__: kind.__struct_fields__ for kind in get_args(accepted) or (accepted,)
-        }
-
-    def encode(self, message: Message, tensors: Sequence[Array] = ()) -> list[Any]:
-        """Header frame, then one buffer per tensor.
-
-        Args:
-            tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
-        Raises: PromptError: the header is too large, or has text that is not Unicode.
-        """
-        specs = tuple([TensorSpec(_WIRE_NAMES[a.dtype], a.shape) for a in tensors])
-        try:
-            header = self._encoder.encode((PROTOCOL_VERSION, message, specs))
-        except UnicodeEncodeError:
-            raise PromptError(
-                "the text has characters that are not Unicode (bytes that are not UTF-8?); remove them"
-            ) from None
-        except OverflowError:
-            raise PromptError(
-                "a number of the request does not fit into 64 bits. Choose a smaller one"
-            ) from None
-        if len(header) > MAX_HEADER_BYTES:
-            raise PromptError(
-                f"the request is {len(header):,} bytes, at most {MAX_HEADER_BYTES:,} are taken. "
-                "Shorten it"
-            )
-        return [header, *tensors]
-
-    def decode(self, frames: Sequence[Any]) -> tuple[M, list[Array]]:
-        """The message and its tensors as read-only views of the frames.
-
-        Raises:
-            ProtocolError: the frames are not a message this end accepts.
-            PeerRefused: the peer speaks another protocol version.
-        """
-        if not frames:
-            raise ProtocolError("a message without frames")
-        header = memoryview(frames[0])
-        if header.nbytes > MAX_HEADER_BYTES:
-            raise ProtocolError(
-                f"header of {header.nbytes:,} bytes exceeds the limit of {MAX_HEADER_BYTES:,}"
-            )
-        try:
-            version, message, specs = self._decoder.decode(header)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self._refuse_other_version(header)
-            first = header[:2].hex(" ")
-            raise ProtocolError(
-                f"part 0 is not a known message (first bytes {first}): "
-                f"{self._named(one_line(str(error)), header)}"
-            ) from error
-        if version != PROTOCOL_VERSION:
-            self._refuse_other_version(header)
-        if len(specs) != len(frames) - 1 or len(specs) > MAX_TENSORS:
-            raise ProtocolError(
-                f"{type(message).__name__} announces {len(specs)} tensors and brings "
-                f"{len(frames) - 1} (at most {MAX_TENSORS})"
-            )
-        tensors = [read_tensor(s, f) for s, f in zip(specs, frames[1:], strict=True)]
-        return message, tensors
-
-    def _named(self, reason: str, header: memoryview) -> str:
-        """A decoder's reason, with the name of the message and field besides its place."""
-        spec = re.search(r"`\$\[2\]\[(\d+)\]\[([01])\]", reason)
-        if spec is not None:
-            field = TensorSpec.__struct_fields__[int(spec[2])]
-            return f"{reason}, which is the {field} of tensor {spec[1]}"
-        place = re.search(r"`\$\[1\]\[(\d+)\]", reason)
-        if place is None:
-            return reason
-        try:
-            _version, [tag, *_], _specs = TAG_DECODER.decode(header)
-            fields = self._fields.get(msgspec.msgpack.decode(tag, type=str), ())
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            return reason
-        number = int(place[1]) - 1
-        if not 0 <= number < len(fields):
-            return reason
-        return f"{reason}, which is {fields[number]}"
-
-    @staticmethod
-    def _refuse_other_version(header: memoryview) -> None:
-        try:
-            version, *_ = VERSION_DECODER.decode(header)
-        except (msgspec.DecodeError, RecursionError):
-            return
-        if version != PROTOCOL_VERSION:
-            raise PeerRefused(
-                f"the peer speaks protocol version {version}, this end {PROTOCOL_VERSION}: "
-                "install the same version of shardmix on both"
-            )
-
-
-def read_tensor(spec: TensorSpec, frame: Any) -> Array:
-    """View a raw frame as the array its spec announces.
-
-    Raises: ProtocolError: the frame's size is not what dtype and shape say.
-    """
-    view = memoryview(frame)
-    if spec.num_bytes != view.nbytes:
-        raise ProtocolError(
-            f"tensor says {list(spec.shape)} {spec.dtype} = {spec.num_bytes:,} bytes, "
-            f"part has {view.nbytes:,}"
-        )
-    try:
-        return np.frombuffer(frame, dtype=_DTYPES[spec.dtype]).reshape(spec.shape)
-    except ValueError as error:  # Nothing in it, and dimensions no array can have.
-        raise ProtocolError(f"tensor says {list(spec.shape)}: {error}") from error
-
 
 def expect_tensor(array: Array, dtype: str, shape: tuple[int, ...], what: str) -> Array:
     """Return `array` if it is what this end expects.
 
     Raises: ProtocolError: names `what`, the dtype and shape found, and those expected.
     """
-    if array.shape != shape or array.dtype != _DTYPES[dtype]:
+    if array.shape != shape or array.dtype != DTYPES[dtype]:
         raise ProtocolError(
             f"{what} is {array.dtype.name} {list(array.shape)}, expected {dtype} {list(shape)}"
         )

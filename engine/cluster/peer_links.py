@@ -23,7 +23,7 @@ from engine.cluster import direct_form
 from engine.cluster import messages as m
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.link_estimate import LinkEstimate
-from engine.cluster.sealed_stream import StreamEndedError
+from engine.cluster.sealed_stream import SealedStream, StreamEndedError
 from engine.cluster.security import KeyPair
 from engine.cluster.transport import Channel, Received, connect_watched
 from engine.errors import ProtocolError, WorkerLost
@@ -40,6 +40,8 @@ DIRECT_BYTES = 64 << 10
 # A poll that finds something takes less; what took longer came while nobody computed, so that its
 # arrival is now and says something about the link.
 SHORTEST_WAIT_NS = 50_000
+# From the first bytes of a record to its last, on a link that is not much slower than 1 Gbit/s.
+REST_NS = 100_000
 # Messages in a row that are not hand-overs of this epoch.
 MAX_PASSED_OVER = 200
 # From the last ping on; without a stream everything goes by libzmq.
@@ -71,6 +73,8 @@ class PeerLinks:
         peers: Sequence[m.Peer],
         poller: zmq.Poller,
         listen_endpoint: str = "",
+        *,
+        offers_local: bool = True,
     ) -> None:
         """Begin to connect.
 
@@ -81,11 +85,12 @@ class PeerLinks:
                 inbox.
             listen_endpoint: where this device may listen for direct streams, as `transport.listen`
                 takes it; "" offers none.
+            offers_local: whether peers on this computer may open them without TCP.
         Raises: ProtocolError: a peer's endpoint or key is none.
         """
         self._inbox = inbox
         self._poller = poller
-        self.direct = DirectLinks(device_index, listen_endpoint, poller)
+        self.direct = DirectLinks(device_index, listen_endpoint, poller, offers_local=offers_local)
         self._is_measuring = False
         self._endpoints = {peer.device_index: peer.exchange_endpoint for peer in peers}
         self._epoch = epoch
@@ -141,7 +146,7 @@ class PeerLinks:
 
     def stamp(self, index: int) -> tuple[int, int | None]:
         """This end's clock, and what a hand-over tells a peer of its earlier ones."""
-        return time.monotonic_ns(), self._estimates[index].heard_ns
+        return time.perf_counter_ns(), self._estimates[index].heard_ns
 
     def send(self, index: int, message: m.Message, tensors: Sequence[m.Array] = ()) -> int:
         """Queue a message to a peer.
@@ -156,7 +161,9 @@ class PeerLinks:
                     return size
             return self._outboxes[index].send(message, tensors)
         except WorkerLost as error:
-            raise self.lost(index, str(error)) from error
+            # libzmq drops the queue of a connection that was refused, and tells why at the monitor.
+            self.note_losses()
+            raise self.lost(index, self._losses.get(index, str(error))) from error
 
     def _send_directly(self, index: int, message: m.HandOver, tensors: Sequence[m.Array]) -> int:
         """Bytes of the tensors, or 0 where the message has to go the other way."""
@@ -179,30 +186,48 @@ class PeerLinks:
 
         Args: parts: of DIRECT_BYTES and a head, together.
         """
+        stream = self.direct.streams.get(index)
+        if stream is None:
+            return False
         try:
-            return index in self.direct.streams and self.direct.send(index, parts)
+            is_taken = stream.send(parts)
         except StreamEndedError as error:
             self._end_stream(index, error)
             return False  # libzmq says what became of the peer.
+        if stream.has_unsent:
+            self.direct.await_room(index)
+        return is_taken
 
-    def next_record(self, index: int, deadline_ns: int) -> bytes | None:
-        """The next record of a peer's stream, if it comes in time, without sleeping.
+    def next_record(
+        self, index: int, deadline_ns: int, sleep_milliseconds: int = 0
+    ) -> SealedStream | None:
+        """A peer's stream with its next record taken, if that comes in time.
 
-        Args: deadline_ns: of `time.perf_counter_ns`.
+        Args:
+            deadline_ns: of `time.perf_counter_ns`; until then this thread stays awake.
+            sleep_milliseconds: how long it may sleep afterwards, heeding nothing else.
         """
         stream = self.direct.streams.get(index)
         if stream is None:
             return None
         try:
-            while True:
-                record = stream.receive()
-                if record is not None or time.perf_counter_ns() > deadline_ns:
-                    return record
-                # A peer on the same core, or libzmq's threads, may have to run first.
-                _let_others_run()
+            while not stream.take():
+                while True:
+                    if time.perf_counter_ns() > deadline_ns:
+                        if not sleep_milliseconds or not stream.has_more(sleep_milliseconds):
+                            return None
+                        # Whoever sends byte by byte gets no more time than this.
+                        sleep_milliseconds = 0
+                        deadline_ns = time.perf_counter_ns() + REST_NS
+                        break
+                    if stream.has_more():
+                        break
+                    # A peer on the same core, or libzmq's threads, may have to run first.
+                    _let_others_run()
         except StreamEndedError as error:
             self._end_stream(index, error)
             return None
+        return stream
 
     def read_record(self, index: int, record: bytes) -> Received[m.HandOver]:
         """The hand-over of a peer's record.
@@ -243,9 +268,9 @@ class PeerLinks:
 
     def _receive_directly(self) -> Received[m.HandOver] | None:
         for index in list(self.direct.streams):
-            record = self.next_record(index, 0)  # Only what is here.
-            if record is not None:
-                return self.read_record(index, record)
+            stream = self.next_record(index, 0)  # Only what is here.
+            if stream is not None:
+                return self.read_record(index, bytes(stream.record[: stream.num_bytes]))
         return None
 
     def note_message(
@@ -258,7 +283,7 @@ class PeerLinks:
             heard_ns: what it last heard of this device's hand-overs; see `HandOver`.
         """
         if waited_ns > SHORTEST_WAIT_NS:
-            now_ns = time.monotonic_ns()
+            now_ns = time.perf_counter_ns()
             self._estimates[index].take_message(num_bytes, sent_ns, now_ns, heard_ns)
 
     def _note_received(self, received: Received[m.HandOver], waited_ns: int) -> None:

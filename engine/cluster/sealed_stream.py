@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
@@ -37,8 +38,13 @@ MAX_RECORD_BYTES = 80 << 10
 _WATCHFUL = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 3000}
 _SOCKET_BYTES = 4 * MAX_RECORD_BYTES
 _TAG_BYTES = 16
+_LONGEST = MAX_RECORD_BYTES + _TAG_BYTES
 _LENGTH = struct.Struct("<I")
 _NONCE = struct.Struct("<4xQ")
+_NOT_SEALED = (
+    "a record was not sealed with the key agreed on: it was changed on its way, or comes from "
+    "somebody else"
+)
 
 
 @functools.cache
@@ -65,8 +71,22 @@ class StreamEndedError(Exception):
     """The other end closed the connection, or it broke, or somebody changed what came over it."""
 
 
+def _asker(connected: socket.socket) -> Callable[[int], Any]:
+    """What tells whether a socket has something to read, after some milliseconds at most."""
+    if not hasattr(select, "poll"):  # Windows.
+        return lambda milliseconds: select.select([connected], [], [], milliseconds / 1000)[0]
+    poll = select.poll()
+    poll.register(connected, select.POLLIN)
+    return poll.poll
+
+
 class SealedStream:
-    """One end of a connection; it belongs to one thread."""
+    """One end of a connection; it belongs to one thread.
+
+    Attributes:
+        record: memory that begins with the record taken last; it stays where it is.
+        num_bytes: of the record taken last.
+    """
 
     def __init__(
         self,
@@ -91,14 +111,22 @@ class SealedStream:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connected.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
         self._socket = connected
+        self._is_readable = _asker(connected)
         self._sealer = None if send_key is None else CIPHERS[cipher](send_key)
         self._opener = None if receive_key is None else CIPHERS[cipher](receive_key)
-        self._num_sent = self._num_received = 0
-        self._unsent = b""
-        self._buffer = bytearray(2 * (MAX_RECORD_BYTES + _TAG_BYTES + _LENGTH.size))
+        self._num_sent = self._num_received = self.num_bytes = 0
+        self.record = bytearray(_LONGEST)
+        self._record_view = memoryview(self.record)
+        self._unsent: memoryview | None = None
+        self._outgoing = memoryview(bytearray(_LENGTH.size + _LONGEST))
+        self._buffer = bytearray(2 * (_LENGTH.size + _LONGEST))
         self._view = memoryview(self._buffer)
         # Of what has come and nobody took, and of its first record once that is whole, else 0.
         self._start = self._end = self._record_end = 0
+        # Most records are as long as the one before, and then lie in the same places.
+        self._sent_bytes = -1
+        self._sealed = self._framed = self._outgoing
+        self._opened = self._record_view
 
     def fileno(self) -> int:
         """For a poller."""
@@ -107,7 +135,7 @@ class SealedStream:
     @property
     def has_unsent(self) -> bool:
         """Whether a part of a record waits for the other end to read; `flush` goes on."""
-        return bool(self._unsent)
+        return self._unsent is not None
 
     def send(self, parts: Sequence[Any]) -> bool:
         """Send a record, unless an earlier one is still on its way out.
@@ -116,15 +144,20 @@ class SealedStream:
         Returns: whether it was taken; False leaves nothing behind.
         Raises: StreamEndedError.
         """
-        if self._unsent and not self.flush():
+        if self._unsent is not None and not self.flush():
             return False
         record = b"".join(parts)
-        if len(record) > MAX_RECORD_BYTES:
-            return False
-        if self._sealer is not None:
-            record = self._sealer.encrypt(_NONCE.pack(self._num_sent), record, None)
+        num_bytes = len(record)
+        if num_bytes != self._sent_bytes:
+            if num_bytes > MAX_RECORD_BYTES:
+                return False
+            self._frame(num_bytes)
+        if self._sealer is None:
+            self._sealed[:] = record
+        else:
+            self._sealer.encrypt_into(_NONCE.pack(self._num_sent), record, None, self._sealed)
             self._num_sent += 1
-        self._unsent = _LENGTH.pack(len(record)) + record
+        self._unsent = self._framed
         self.flush()
         return True
 
@@ -133,48 +166,70 @@ class SealedStream:
 
         Raises: StreamEndedError.
         """
+        unsent = self._unsent
+        if unsent is None:
+            return True
         try:
-            count = self._socket.send(self._unsent)
+            count = self._socket.send(unsent)
         except BlockingIOError:
             return False
         except OSError as error:
             raise StreamEndedError from error
-        self._unsent = self._unsent[count:]
-        return not self._unsent
+        self._unsent = None if count == len(unsent) else unsent[count:]
+        return self._unsent is None
+
+    def has_more(self, milliseconds: int = 0) -> bool:
+        """Whether there is something to read, if only the end; costs less than to try.
+
+        Args: milliseconds: to wait for it, at most.
+        """
+        return bool(self._is_readable(milliseconds))
 
     def has_record(self) -> bool:
         """Whether a whole record is here; reads what has come.
 
         Raises: StreamEndedError.
         """
-        return self._record_end > 0 or (self._read() and self._find_record())
+        return self._record_end > 0 or self._read()
 
-    def receive(self) -> bytes | None:
-        """The next record, if it is here.
+    def take(self) -> bool:
+        """Whether the next record is here; `record` begins with it until the next call.
 
         Raises: StreamEndedError: also where what came is no record of the other end's: whoever can
             change it can as well cut the connection.
         """
-        if not self._record_end and not self.has_record():
-            return None
-        sealed = self._view[self._start + _LENGTH.size : self._record_end]
+        if not self._record_end and not self._read():
+            return False
+        first, end = self._start + _LENGTH.size, self._record_end
+        num_bytes = end - first
         if self._opener is None:
-            record = bytes(sealed)
+            self.record[:num_bytes] = self._view[first:end]
         else:
+            num_bytes -= _TAG_BYTES
+            if num_bytes != len(self._opened):
+                if num_bytes < 0:
+                    raise StreamEndedError(_NOT_SEALED)
+                self._opened = self._record_view[:num_bytes]
+            nonce = _NONCE.pack(self._num_received)
             try:
-                record = self._opener.decrypt(_NONCE.pack(self._num_received), sealed, None)
+                self._opener.decrypt_into(nonce, self._view[first:end], None, self._opened)
             except InvalidTag:
-                raise StreamEndedError(
-                    "a record was not sealed with the key agreed on: it was changed on its way, "
-                    "or comes from somebody else"
-                ) from None
+                raise StreamEndedError(_NOT_SEALED) from None
             self._num_received += 1
-        self._start = self._record_end
-        if self._start == self._end:
+        self._start = end
+        if end == self._end:
             self._start = self._end = self._record_end = 0
         else:
             self._find_record()
-        return record
+        self.num_bytes = num_bytes
+        return True
+
+    def receive(self) -> bytes | None:
+        """The next record, if it is here.
+
+        Raises: StreamEndedError: as `take` does.
+        """
+        return bytes(self._record_view[: self.num_bytes]) if self.take() else None
 
     def receive_is(self, record: bytes) -> bool:
         """Whether the next record is here, which must be this one.
@@ -188,8 +243,15 @@ class SealedStream:
 
     def close(self) -> None:
         """Close the connection; what was not sent is dropped."""
-        self._view.release()
         self._socket.close()
+
+    def _frame(self, num_bytes: int) -> None:
+        """Where a record of so many bytes lies on its way out, sealed and with its length."""
+        length = num_bytes if self._sealer is None else num_bytes + _TAG_BYTES
+        _LENGTH.pack_into(self._outgoing, 0, length)
+        self._framed = self._outgoing[: _LENGTH.size + length]
+        self._sealed = self._framed[_LENGTH.size :]
+        self._sent_bytes = num_bytes
 
     def _find_record(self) -> bool:
         """Note where the record at the start of the buffer ends; whether it is whole."""
@@ -198,10 +260,9 @@ class SealedStream:
         if held < _LENGTH.size:
             return False
         (length,) = _LENGTH.unpack_from(self._buffer, self._start)
-        if not 0 < length <= MAX_RECORD_BYTES + _TAG_BYTES:
+        if not 0 < length <= _LONGEST:
             raise StreamEndedError(
-                f"a record of {length:,} bytes was announced, from 1 to "
-                f"{MAX_RECORD_BYTES + _TAG_BYTES:,} are read"
+                f"a record of {length:,} bytes was announced, from 1 to {_LONGEST:,} are read"
             )
         if held < _LENGTH.size + length:
             return False
@@ -209,13 +270,13 @@ class SealedStream:
         return True
 
     def _read(self) -> bool:
-        """Whether something has come."""
+        """Read what has come; whether a whole record is there."""
         if self._start:  # So that the longest record always has room.
             held = bytes(self._view[self._start : self._end])
             self._view[: len(held)] = held
             self._start, self._end = 0, len(held)
         try:
-            count = self._socket.recv_into(self._view[self._end :])
+            count = self._socket.recv_into(self._view[self._end :] if self._end else self._view)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -223,4 +284,4 @@ class SealedStream:
         if not count:
             raise StreamEndedError
         self._end += count
-        return True
+        return self._find_record()

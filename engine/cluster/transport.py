@@ -17,8 +17,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import zmq
 
+from engine.cluster.codec import Codec
 from engine.cluster.connection_watch import ConnectionWatch
-from engine.cluster.messages import Array, Codec, Message
+from engine.cluster.messages import Array, Message
 from engine.cluster.plaintext import is_plaintext
 from engine.cluster.security import KeyPair
 from engine.errors import ProtocolError, WorkerLost

@@ -13,6 +13,7 @@ import zmq
 from msgspec.structs import replace
 
 from engine.cluster import messages as m
+from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.connection_watch import Connection, ConnectionWatch
 from engine.cluster.join_token import JoinToken
 from engine.cluster.processes import Child
@@ -117,7 +118,7 @@ class Node:
             self.keys,
             server_key,
             endpoint,
-            max_message_bytes=m.MAX_HEADER_BYTES,
+            max_message_bytes=MAX_HEADER_BYTES,
         )
         self._open(socket)
 
@@ -128,7 +129,7 @@ class Node:
         """
         self.disconnect()
         socket, watch = connect_once(
-            context, keys, self.public_key, endpoint, max_message_bytes=m.MAX_HEADER_BYTES
+            context, keys, self.public_key, endpoint, max_message_bytes=MAX_HEADER_BYTES
         )
         self._open(socket)
         self._watch = watch

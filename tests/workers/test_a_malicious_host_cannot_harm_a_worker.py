@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from engine.cluster import messages as m
+from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.security import new_key_pair
 from tests.workers.hosts import (
     PATIENCE_SECONDS,
@@ -90,7 +91,7 @@ def test_a_frame_past_the_limit_ends_the_connection(worker: RunningWorker) -> No
         host.hello()
         host.hear(m.NodeDescription)
         events = host.channel.socket.get_monitor_socket()
-        host.channel.socket.send(bytes(m.MAX_HEADER_BYTES + 1))
+        host.channel.socket.send(bytes(MAX_HEADER_BYTES + 1))
         assert events.poll(int(PATIENCE_SECONDS * 1000)), "the connection stands"
         host.channel.socket.disable_monitor()
         events.close(linger=0)

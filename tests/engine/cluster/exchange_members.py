@@ -68,6 +68,7 @@ class Member:
         self.poller = zmq.Poller()
         self.poller.register(socket, zmq.POLLIN)
         self.links: PeerLinks | None = None
+        self.offers_local = True
 
     def allow(self, peers: Sequence[m.Peer]) -> None:
         """Let the others in."""
@@ -86,6 +87,7 @@ class Member:
             others,
             self.poller,
             "tcp://127.0.0.1:*",
+            offers_local=self.offers_local,
         )
         self.exchange = Exchange(
             EPOCH, self.plan, self.index, self._width, self.links, self.wait, self._add
@@ -120,11 +122,14 @@ class Members:
         plan: Plan,
         width: int = WIDTH,
         add_of: Callable[[int, int, m.Array, m.Array], m.Array] | None = None,
+        *,
+        offers_local: bool = True,
     ) -> None:
         """Connect everyone with everyone.
 
         Args:
             add_of: by device, row, stream and sum; `add_doubled` for all if None.
+            offers_local: as `PeerLinks` takes it.
         """
         adds = [None if add_of is None else partial(add_of, n) for n in range(len(plan.devices))]
         self.members = [Member(plan, n, width, add) for n, add in enumerate(adds)]
@@ -133,6 +138,7 @@ class Members:
         for member in self.members:
             member.allow(peers)
         for member in self.members:
+            member.offers_local = offers_local
             member.connect(peers)
 
     def __enter__(self) -> Self:

@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from engine.cluster import messages as m
+from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.transport import MAX_MESSAGE_BYTES
 from engine.model.config import Experts
 from engine.model.kv_cache import MAX_SLOTS
@@ -109,7 +110,7 @@ NO_MESSAGES: dict[str, tuple[list[bytes], str, str]] = {
         "Invalid value",
     ),
     "a header past the limit": (
-        [header(["Failed", 1, "x", "y" * (m.MAX_HEADER_BYTES + 1), 0, None])],
+        [header(["Failed", 1, "x", "y" * (MAX_HEADER_BYTES + 1), 0, None])],
         "ProtocolError",
         "exceeds the limit",
     ),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.cluster.messages import Codec
+from engine.cluster.codec import Codec
 from engine.cluster.pairing import (
     HOST_SENDS,
     PAIRING_KEYS,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from engine.cluster import messages as m
+from engine.cluster.codec import Codec
 from engine.errors import PeerRefused, ProtocolError
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from tests.engine.cluster.runner_under_attack import (
@@ -70,7 +71,7 @@ def test_whatever_is_decoded_is_a_message_or_one_of_two_errors(
     header = msgspec.msgpack.encode((version, body, specs))
     frames = [header, *data.draw(st.lists(st.binary(max_size=16), max_size=2))]
     try:
-        message, _ = m.Codec(union).decode(frames)
+        message, _ = Codec(union).decode(frames)
     except (ProtocolError, PeerRefused) as error:
         assert str(error).isprintable()
         assert len(str(error)) < 1000
@@ -83,7 +84,7 @@ def test_whatever_is_decoded_is_a_message_or_one_of_two_errors(
 def test_random_bytes_and_depths_are_one_of_two_errors(
     name: str, frames: list[bytes], depth: int
 ) -> None:
-    codec: m.Codec[Any] = m.Codec(UNIONS[name])
+    codec: Codec[Any] = Codec(UNIONS[name])
     for parts in (frames, [b"\x93" + bytes([m.PROTOCOL_VERSION]) + b"\x91" * depth, *frames]):
         with pytest.raises((ProtocolError, PeerRefused)):
             codec.decode(parts)

@@ -140,6 +140,30 @@ def test_a_length_that_no_record_has_is_refused(ends: Ends, length: int) -> None
         ends.far.receive()
 
 
+@pytest.mark.parametrize("length", [1, 15])
+def test_a_record_too_short_to_be_sealed_is_refused(ends: Ends, length: int) -> None:
+    ends.sockets[0].send(length.to_bytes(4, "little") + bytes(length))
+    with pytest.raises(StreamEndedError, match="was not sealed with the key"):
+        ends.far.receive()
+
+
+def test_a_taken_record_stays_until_the_next_is_taken(ends: Ends) -> None:
+    memory = ends.far.record
+    for record in (b"first and longer", b"second"):
+        assert ends.near.send([record])
+    assert ends.far.take()
+    assert ends.far.has_record()
+    assert not ends.far.has_more()  # The second is in this process already.
+    assert memory[: ends.far.num_bytes] == b"first and longer"
+    assert ends.far.take()
+    assert memory[: ends.far.num_bytes] == b"second"
+    assert not ends.far.take()
+    assert memory[: ends.far.num_bytes] == b"second"
+    ends.near.send([b"third"])
+    assert ends.far.has_more()
+    assert ends.far.receive() == b"third"
+
+
 def test_the_end_of_the_connection_is_told_after_its_last_record(ends: Ends) -> None:
     ends.near.send([b"last"])
     ends.sockets[0].shutdown(socket.SHUT_RDWR)

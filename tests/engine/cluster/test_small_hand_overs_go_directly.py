@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -16,9 +19,11 @@ from hypothesis import strategies as st
 
 from engine.cluster import direct_form
 from engine.cluster import messages as m
+from engine.cluster.codec import Codec
 from engine.cluster.direct_links import DirectLinks
 from engine.cluster.exchange import Exchange
 from engine.cluster.peer_links import DIRECT_BYTES
+from engine.cluster.sealed_stream import SealedStream
 from engine.errors import ProtocolError
 from tests.engine.cluster.exchange_members import (
     EPOCH,
@@ -64,6 +69,52 @@ def test_every_pair_has_a_stream(members: Members) -> None:
         assert set(streams_of(member)) == {0, 1, 2} - {member.index}
 
 
+def family_of(stream: SealedStream) -> socket.AddressFamily:
+    """What kind of socket a stream has."""
+    with socket.socket(fileno=os.dup(stream.fileno())) as same:
+        return same.family
+
+
+@pytest.mark.parametrize("offers_local", [True, False])
+def test_devices_of_one_computer_do_without_tcp_where_they_can(*, offers_local: bool) -> None:
+    is_local = offers_local and sys.platform == "linux"
+    with Members(PLAN, offers_local=offers_local) as members:
+        measure_together(members)
+        for member in members.members:
+            assert member.links is not None
+            families = {family_of(one) for one in member.links.direct.streams.values()}
+            assert families == {socket.AF_UNIX if is_local else socket.AF_INET}
+        results = members.all_do(lambda member: hand_over(member, SMALL, 1))
+    parts = [np.random.default_rng(n).standard_normal((SMALL, WIDTH)) for n in range(3)]
+    total = parts[0].astype(np.float32) + parts[1].astype(np.float32) + parts[2].astype(np.float32)
+    for result in results:
+        assert np.array_equal(result, add_doubled(0, np.ones_like(total), total))
+
+
+def test_a_local_name_that_nobody_has_here_leads_to_tcp() -> None:
+    """As from a peer on another computer."""
+    poller = zmq.Poller()
+    near = DirectLinks(0, "tcp://127.0.0.1:*", poller)
+    far = DirectLinks(1, "", poller)
+    offer = msgspec.structs.replace(near.offers(EPOCH, [1])[1], local_name="0" * 32)
+    far.dial(offer, "tcp://127.0.0.1:1")
+    open_both(near, far, poller)
+    try:
+        assert family_of(near.streams[1]) == family_of(far.streams[0]) == socket.AF_INET
+    finally:
+        near.close()
+        far.close()
+
+
+@pytest.mark.parametrize("name", ["../run/service", "0" * 31, "0" * 32 + "\n", "\0" * 32])
+def test_a_local_name_of_another_shape_is_refused(name: str) -> None:
+    offer = msgspec.structs.replace(offer_of(0, 9), local_name=name)
+    codec: Codec[m.DirectOffer] = Codec(m.EXCHANGE_ACCEPTS)
+    frames = codec.encode(offer)
+    with pytest.raises(ProtocolError, match="local_name"):
+        codec.decode(frames)
+
+
 @pytest.mark.parametrize("num_tokens", [SMALL, LARGE])
 def test_the_bits_are_those_of_the_other_way(members: Members, num_tokens: int) -> None:
     direct = members.all_do(lambda member: hand_over(member, num_tokens, 1))
@@ -103,22 +154,98 @@ def test_parts_that_are_late_or_early_are_added_in_their_order(members: Members)
         assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_a_part_of_another_step_size_or_row_is_no_part() -> None:
+def part_head(step_id: int, row: int, index: int, own: m.Array, epoch: int = EPOCH) -> bytes:
+    """How the record of a lone partial sum begins."""
+    num_tokens, width = own.shape
+    wire = str(own.dtype)
+    head = direct_form.part_head(epoch, row, index, wire, (num_tokens, width))
+    direct_form.write_step(head, step_id)
+    return bytes(head)
+
+
+def test_what_the_record_of_a_part_begins_with_says_everything_about_it() -> None:
     own = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
-    head = direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape)
-    record = b"".join([head, direct_form.times(5, None), own.tobytes()])
-    part = direct_form.part_of(record, head, own.dtype, own.shape)
-    assert part is not None
-    assert np.array_equal(part, own)
-    assert direct_form.read_times(record, len(head)) == (5, None)
-    message, (tensor,) = direct_form.decode(record)
-    assert (message.step_id, message.row, message.device_index) == (4, 1, 2)
+    head = part_head(4, 1, 2, own)
+    record = bytearray(b"".join([head, direct_form.times(5, None), own.tobytes()]))
+    message, (tensor,) = direct_form.decode(bytes(record))
+    assert message == m.HandOver(
+        epoch=EPOCH,
+        step_id=4,
+        row=1,
+        piece=0,
+        device_index=2,
+        phase="part",
+        has_partial=True,
+        has_residual=False,
+        sent_ns=5,
+    )
     assert np.array_equal(tensor, own)
-    for changed in ((EPOCH + 1, 4, 1, 2), (EPOCH, 5, 1, 2), (EPOCH, 4, 0, 2), (EPOCH, 4, 1, 1)):
-        other = direct_form.part_head(*changed, own.dtype, own.shape)
-        assert direct_form.part_of(record, other, own.dtype, own.shape) is None
-    assert direct_form.part_of(record[:-4], head, own.dtype, own.shape) is None
-    assert direct_form.part_of(record + b"more", head, own.dtype, own.shape) is None
+    assert np.array_equal(direct_form.part_view(record, "float32", (2, WIDTH)), own)
+    assert direct_form.read_times(record, direct_form.TIMES_PLACE) == (5, None)
+    assert len(record) == direct_form.PART_PLACE + direct_form.part_bytes("float32", (2, WIDTH))
+    others = [
+        part_head(4, 1, 2, own, EPOCH + 1),
+        part_head(5, 1, 2, own),
+        part_head(4, 0, 2, own),
+        part_head(4, 1, 1, own),
+        part_head(4, 1, 2, own[:1]),
+        part_head(4, 1, 2, own[:, :-1]),
+        part_head(4, 1, 2, own.astype(np.float16)),
+    ]
+    assert len({head, *others}) == 1 + len(others)
+
+
+def hostile_parts(own: m.Array) -> dict[str, list[bytes | m.Array]]:
+    """Records of device 1 in place of its part of step 1, row 0, and what is wrong with them."""
+    times = direct_form.times(5, None)
+    more = np.concatenate([own, own])
+    return {
+        "its next row's": [part_head(1, 1, 1, own), times, own],
+        "another step's": [part_head(2, 0, 1, own), times, own],
+        "an earlier step's": [part_head(0, 0, 1, own), times, own],
+        "another epoch's": [part_head(1, 0, 1, own, EPOCH + 1), times, own],
+        "another device's": [part_head(1, 0, 2, own), times, own],
+        "longer than it says": [part_head(1, 0, 1, own), times, more],
+        "shorter than it says": [part_head(1, 0, 1, more), times, own],
+        "of two tokens": [part_head(1, 0, 1, more), times, more],
+        "narrower": [part_head(1, 0, 1, own[:, :-1]), times, own[:, :-1].copy()],
+        "in another format": [
+            part_head(1, 0, 1, own.astype(np.float16)),
+            times,
+            own[:, ::2].copy(),
+        ],
+        "a head alone": [part_head(1, 0, 1, own)],
+        "a byte": [b"x"],
+        "nothing": [b""],
+    }
+
+
+@pytest.mark.parametrize("wrong", hostile_parts(np.ones((1, WIDTH), np.float32)))
+def test_what_is_not_the_part_that_is_due_is_never_added(members: Members, wrong: str) -> None:
+    """It is refused, or kept for its own turn while this device waits for what is due."""
+    first, second, third = members.members
+    own = np.ones((SMALL, WIDTH), np.float32)
+    assert second.links is not None
+    assert third.links is not None
+    assert second.links.send_record(0, hostile_parts(own)[wrong])
+    assert third.links.send_record(0, [part_head(1, 0, 2, own), direct_form.times(5, None), own])
+
+    class StillWaitsError(Exception):
+        pass
+
+    waits = 0
+
+    def wait(seconds: float) -> None:
+        nonlocal waits
+        first.wait(min(seconds, 0.01))
+        waits += 1
+        if waits > 10:
+            raise StillWaitsError
+
+    first.exchange = Exchange(EPOCH, PLAN, 0, WIDTH, first.exchange.links, wait, add_doubled)
+    first.exchange.begin_step(1, "generated")
+    with pytest.raises((StillWaitsError, ProtocolError)):
+        first.exchange.hand_over(0, own, own, SMALL)
 
 
 @given(st.data())
@@ -126,7 +253,7 @@ def test_a_damaged_record_is_refused_or_read_never_worse(data: st.DataObject) ->
     own = np.ones((1, WIDTH), np.float16)
     record = b"".join(
         [
-            direct_form.part_head(EPOCH, 4, 1, 2, own.dtype, own.shape),
+            part_head(4, 1, 2, own),
             direct_form.times(5, 6),
             own.tobytes(),
         ]
@@ -186,7 +313,7 @@ def test_a_time_that_no_clock_shows_is_refused(members: Members) -> None:
     first, second, _ = members.members
     assert second.links is not None
     own = np.ones((SMALL, WIDTH), np.float32)
-    head = direct_form.part_head(EPOCH, 1, 0, 1, own.dtype, own.shape)
+    head = part_head(1, 0, 1, own)
     bad_times = (-(1 << 63)).to_bytes(8, "little", signed=True) + bytes(8)
     assert second.links.direct.send(0, [head, bad_times, own])
     first.exchange.begin_step(1, "generated")
@@ -198,7 +325,7 @@ def test_records_without_end_do_not_keep_the_engine_host_unheard(members: Member
     first, second, _ = members.members
     assert second.links is not None
     own = np.ones((SMALL, WIDTH), np.float32)
-    stale = [direct_form.part_head(EPOCH, 1, 0, 1, own.dtype, own.shape)]
+    stale = [part_head(1, 0, 1, own)]
     stale += [direct_form.times(1, None), own]
     ends = threading.Event()
     stream = second.links.direct

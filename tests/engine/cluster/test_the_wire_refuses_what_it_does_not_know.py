@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.cluster import messages as m
+from engine.cluster.codec import Codec, TensorSpec
 from engine.errors import PeerRefused, ProtocolError
 
-CODEC: m.Codec[Any] = m.Codec(m.RUNNER_ACCEPTS)
+CODEC: Codec[Any] = Codec(m.RUNNER_ACCEPTS)
 STEP = m.Step(
     epoch=3,
     step_id=9,
@@ -81,7 +82,7 @@ def test_damaged_frames_raise_a_protocol_error_or_give_a_valid_message(
 
 @pytest.mark.parametrize("shape", [(2, 4), (-2, -3), (2**40, 2**40), (), (0,)])
 def test_a_tensor_that_is_not_what_its_spec_says_is_refused(shape: tuple[int, ...]) -> None:
-    spec = m.TensorSpec("float32", shape)
+    spec = TensorSpec("float32", shape)
     header = msgspec.msgpack.encode((m.PROTOCOL_VERSION, STEP, (spec,)))
     with pytest.raises(ProtocolError, match="tensor says"):
         CODEC.decode([header, ROWS.tobytes()])

@@ -19,6 +19,7 @@ import zmq
 from msgspec.structs import replace
 
 from engine.cluster import messages as m
+from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.identity import TrustedPeer, TrustedPeers
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, listen
@@ -292,6 +293,6 @@ def test_a_flood_keeps_nobody_else_waiting(desk: Desk) -> None:
 
 def test_a_frame_past_the_limit_cuts_the_line(desk: Desk) -> None:
     """Row 5."""
-    desk.say(bytes(m.MAX_HEADER_BYTES + 1))
+    desk.say(bytes(MAX_HEADER_BYTES + 1))
     desk.wait(lambda node: node.state == "lost")
     desk.be_good()

@@ -65,7 +65,11 @@ class Stepping:
         shard.cache.check(step.segments)
         pieces = cut_step(step.segments, num_pieces(shard.plan, step.kind, num_tokens))
         batches = [shard.batch(step.kind, piece.segments) for piece in pieces]
-        streams = [None if x is None else x[p.first_token : p.end_token] for p in pieces]
+        streams = [x]
+        if len(pieces) > 1 and x is not None:
+            streams = [x[p.first_token : p.end_token] for p in pieces]
+        elif len(pieces) > 1:
+            streams = [None] * len(pieces)
         for first_row, end_row in self._stages:
             self._enter(first_row, pieces)
             for n, piece in enumerate(pieces):
@@ -223,7 +227,8 @@ def to_tensor(array: m.Array, device: torch.device) -> torch.Tensor:
     """A float32 tensor where the shard computes."""
     # A frame is read-only; torch wants memory of its own.
     writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
-    return torch.as_tensor(writable).to(device)
+    tensor = torch.from_numpy(writable)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def _check_segments(step: m.Step) -> int:

@@ -1,7 +1,8 @@
 """Weight matrices packed for the native kernels, on the CPU.
 
 In: a matrix of `engine.kernels.matrices`. Out: one that holds the same weights, to the bit, in the
-order in which the kernels read them. Prompts multiply through torch, a few rows at a time.
+order in which the kernels read them. Prompts multiply through torch, a few rows at a time, where the
+machine has units for bfloat16.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class NativeMatrix:
         return self._num_bytes
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
-        """x @ W.T; prompts in torch, a few dequantised rows at a time.
+        """x @ W.T; prompts in torch, a few dequantised rows at a time, where that is faster.
 
         Raises: ProtocolError: x is not float32 [T, K] on the CPU.
         """
@@ -106,7 +107,9 @@ class NativeMatrix:
         output = x.new_empty(x.shape[0], rows)
         if not x.shape[0]:
             return output
-        if kind == "generated":
+        # In float32 torch takes longer than integer products do, whatever the batch.
+        is_native = self.format_code != BFLOAT16 and not has_bfloat16_units("cpu")
+        if kind == "generated" or is_native:
             status = self.library.multiply(self.struct, x.data_ptr(), x.shape[0], output.data_ptr())
             check_status(status)
             return output

@@ -30,35 +30,63 @@ struct CachedBFloat16 {
     static inline float load_one(const uint16_t *from) { return from_bfloat16(*from); }
 };
 
+// Positions whose keys are fetched ahead.
+constexpr int64_t kPositionsAhead = 16;
+
 // Where position p of a unit lies in its ring.
 static inline int64_t ring_index(const AttentionUnit &unit, int64_t start, int64_t p) {
     int64_t index = start + p;
     return index < unit.capacity ? index : index - unit.capacity;
 }
 
-// Scores of heads [head, head + HEADS) as scores[h][p].
-template <class Isa, class Cached, int HEADS>
-static inline void score(const AttentionUnit &unit, int64_t head, float (*scores)[kChunk]) {
-    int64_t width = unit.head_width, count = unit.end_position - unit.first_position;
-    int64_t start = unit.first_position % unit.capacity;
+// Scores of heads [head, head + HEADS) at positions [p, p + POSITIONS) as scores[h][p]. With several
+// positions at once enough sums are under way that none waits for its last addition; each of them is
+// the same as alone.
+template <class Isa, class Cached, int HEADS, int POSITIONS>
+static inline void score_positions(const AttentionUnit &unit, int64_t head, int64_t start, int64_t p,
+                                   float (*scores)[kChunk]) {
+    int64_t width = unit.head_width, d = 0;
     const float *queries = unit.queries + head * width;
-    for (int64_t p = 0; p < count; ++p) {
-        auto key = (const typename Cached::Value *)unit.keys + ring_index(unit, start, p) * width;
-        typename Isa::Floats totals[HEADS];
-        for (int h = 0; h < HEADS; ++h) totals[h] = Isa::splat(0.0f);
-        int64_t d = 0;
-        for (; d + Isa::kLanes <= width; d += Isa::kLanes) {
-            auto part = Cached::load(key + d);
+    const typename Cached::Value *keys[POSITIONS];
+    for (int n = 0; n < POSITIONS; ++n)
+        keys[n] = (const typename Cached::Value *)unit.keys + ring_index(unit, start, p + n) * width;
+    typename Isa::Floats totals[HEADS][POSITIONS];
+    for (int h = 0; h < HEADS; ++h)
+        for (int n = 0; n < POSITIONS; ++n) totals[h][n] = Isa::splat(0.0f);
+    for (; d + Isa::kLanes <= width; d += Isa::kLanes) {
+        for (int n = 0; n < POSITIONS; ++n) {
+            auto part = Cached::load(keys[n] + d);
             for (int h = 0; h < HEADS; ++h)
-                totals[h] = Isa::multiply_add(part, Isa::load(queries + h * width + d), totals[h]);
-        }
-        for (int h = 0; h < HEADS; ++h) {
-            float total = Isa::sum(totals[h]);
-            for (int64_t tail = d; tail < width; ++tail)
-                total += Cached::load_one(key + tail) * queries[h * width + tail];
-            scores[h][p] = total;
+                totals[h][n] =
+                    Isa::multiply_add(part, Isa::load(queries + h * width + d), totals[h][n]);
         }
     }
+    for (int h = 0; h < HEADS; ++h) {
+        if constexpr (POSITIONS == 4) {
+            Isa::store_sums(scores[h] + p, totals[h]);
+        } else {
+            for (int n = 0; n < POSITIONS; ++n) scores[h][p + n] = Isa::sum(totals[h][n]);
+        }
+        for (int n = 0; n < POSITIONS; ++n)
+            for (int64_t tail = d; tail < width; ++tail)
+                scores[h][p + n] += Cached::load_one(keys[n] + tail) * queries[h * width + tail];
+    }
+}
+
+// Scores of heads [head, head + HEADS) at all positions of the unit.
+template <class Isa, class Cached, int HEADS>
+static inline void score(const AttentionUnit &unit, int64_t head, float (*scores)[kChunk]) {
+    int64_t count = unit.end_position - unit.first_position, p = 0;
+    int64_t start = unit.first_position % unit.capacity;
+    int64_t row_bytes = unit.head_width * (int64_t)sizeof(typename Cached::Value);
+    for (; p + 4 <= count; p += 4) {
+        // Keys come soon, values of these positions afterwards: memory works while this computes.
+        int64_t at = ring_index(unit, start, p) * row_bytes;
+        Isa::prefetch((const char *)unit.keys + at + kPositionsAhead * row_bytes, 4 * row_bytes);
+        Isa::prefetch((const char *)unit.values + at, 4 * row_bytes);
+        score_positions<Isa, Cached, HEADS, 4>(unit, head, start, p, scores);
+    }
+    for (; p < count; ++p) score_positions<Isa, Cached, HEADS, 1>(unit, head, start, p, scores);
 }
 
 // Turn `count` scores into exp(score - maximum).
@@ -109,9 +137,11 @@ static inline void attend_heads(const AttentionUnit &unit, int64_t head) {
     score<Isa, Cached, HEADS>(unit, head, scores);
     for (int h = 0; h < HEADS; ++h)
         weigh<Isa>(scores[h], count, unit.maxima[head + h], unit.sums[head + h]);
+    // As many sums as there are registers for.
+    constexpr int kVectors = HEADS <= 3 ? 4 : 2;
     int64_t d = 0;
-    for (; d + 2 * Isa::kLanes <= width; d += 2 * Isa::kLanes)
-        blend<Isa, Cached, HEADS, 2>(unit, head, d, scores);
+    for (; d + kVectors * Isa::kLanes <= width; d += kVectors * Isa::kLanes)
+        blend<Isa, Cached, HEADS, kVectors>(unit, head, d, scores);
     for (; d + Isa::kLanes <= width; d += Isa::kLanes)
         blend<Isa, Cached, HEADS, 1>(unit, head, d, scores);
     int64_t start = unit.first_position % unit.capacity;
@@ -131,7 +161,13 @@ static inline void attend_heads(const AttentionUnit &unit, int64_t head) {
 template <class Isa, class Cached>
 static inline void attend_cached(const AttentionUnit &unit) {
     int64_t head = 0;
-    for (; head + 4 <= unit.num_heads; head += 4) attend_heads<Isa, Cached, 4>(unit, head);
+    // Four at a time, but not one alone at the end of five: two and three read less.
+    for (; unit.num_heads - head > 5 || unit.num_heads - head == 4; head += 4)
+        attend_heads<Isa, Cached, 4>(unit, head);
+    if (unit.num_heads - head == 5) {
+        attend_heads<Isa, Cached, 3>(unit, head);
+        head += 3;
+    }
     if (unit.num_heads - head == 3) attend_heads<Isa, Cached, 3>(unit, head);
     if (unit.num_heads - head == 2) attend_heads<Isa, Cached, 2>(unit, head);
     if (unit.num_heads - head == 1) attend_heads<Isa, Cached, 1>(unit, head);

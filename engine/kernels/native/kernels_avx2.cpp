@@ -53,6 +53,15 @@ struct Avx2 {
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
     }
+    // Four sums, each in the order of `sum`.
+    static inline void store_sums(float *to, const Floats (&x)[4]) {
+        __m128 halves[4];
+        for (int n = 0; n < 4; ++n)
+            halves[n] = _mm_add_ps(_mm256_castps256_ps128(x[n]), _mm256_extractf128_ps(x[n], 1));
+        _MM_TRANSPOSE4_PS(halves[0], halves[1], halves[2], halves[3]);
+        __m128 even = _mm_add_ps(halves[0], halves[2]), odd = _mm_add_ps(halves[1], halves[3]);
+        _mm_storeu_ps(to, _mm_add_ps(even, odd));
+    }
     // Whether one is above, or is no number.
     static inline bool is_any_above(Floats x, Floats limit) {
         return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)) != 0;

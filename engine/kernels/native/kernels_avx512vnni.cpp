@@ -42,6 +42,9 @@ struct Avx512Vnni {
     }
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
     static inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+    static inline void store_sums(float *to, const Floats (&x)[4]) {
+        for (int n = 0; n < 4; ++n) to[n] = sum(x[n]);
+    }
     // Whether one is above, or is no number.
     static inline bool is_any_above(Floats x, Floats limit) {
         return _mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) != 0;

@@ -40,6 +40,9 @@ struct Neon {
     }
     static inline float sum(Floats x) { return vaddvq_f32(x); }
     static inline float largest(Floats x) { return vmaxvq_f32(x); }
+    static inline void store_sums(float *to, const Floats (&x)[4]) {
+        for (int n = 0; n < 4; ++n) to[n] = sum(x[n]);
+    }
     // Whether one is above, or is no number.
     static inline bool is_any_above(Floats x, Floats limit) {
         return vminvq_u32(vcleq_f32(x, limit)) == 0;

@@ -77,6 +77,9 @@ struct Portable {
         for (float value : x.lane) found = value > found ? value : found;
         return found;
     }
+    static inline void store_sums(float *to, const Floats (&x)[4]) {
+        for (int n = 0; n < 4; ++n) to[n] = sum(x[n]);
+    }
     // Whether one is above, or is no number.
     static inline bool is_any_above(const Floats &x, const Floats &limit) {
         for (int64_t i = 0; i < kLanes; ++i)

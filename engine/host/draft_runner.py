@@ -87,7 +87,7 @@ class DraftRunner:
             return
         self._is_lost = True
         logger.warning("the draft model is lost: %s", reason)
-        self._end_process()
+        self.end_process()
         self._on_lost(reason)
         self._on_change()
 
@@ -96,11 +96,12 @@ class DraftRunner:
 
         Returns: the thread that waits for the process.
         """
-        thread = self._end_process()
+        thread = self.end_process()
         self.model.close()
         return thread
 
-    def _end_process(self) -> threading.Thread:
+    def end_process(self) -> threading.Thread:
+        """End the process alone, which the scheduler may be waiting for."""
         with self._lock:
             self._is_over = True
         thread = threading.Thread(target=self._wait_for_end, name="end draft", daemon=True)

@@ -142,6 +142,8 @@ class EngineHost:
 
     def close(self) -> None:
         """End everything this host started."""
+        if self._application.draft is not None:  # It may be frozen; time is short.
+            self._enders.append(self._application.draft.end_process())
         self.scheduler.close()
         self._end_draft()
         self._node_calls.close()

@@ -181,7 +181,10 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
     def first_difference(self, other: Tokenizer) -> int | None:
-        """The lowest id that does not mean the same in both; None where there is none."""
+        """The lowest id that does not mean the same in both; None where there is none.
+
+        An embedding may have rows without a token, and one model of a family more than another.
+        """
         for id in range(max(self.vocab_size, other.vocab_size)):
             if self._meaning(id) != other._meaning(id):
                 return id
@@ -194,8 +197,11 @@ class Tokenizer:
 
     def _meaning(self, id: int) -> tuple[bool, str | bytes | None]:
         """Whether a token is a control token, and its text or bytes."""
-        if self.is_control(id) or id not in self._vocabulary.tokens:
-            return True, self._vocabulary.tokens.get(id)
+        text = self._vocabulary.tokens.get(id)
+        if text == f"[PAD{id}]":  # What GGUF converters call a row without a token.
+            text = None
+        if text is None or self.is_control(id):
+            return True, text
         return False, self.token_bytes(id)
 
     @property

@@ -122,19 +122,21 @@ class DraftModel:
         self._forget()
         self._epoch += 1
         load = plan.load._replace(epoch=self._epoch)
-        try:
-            self._coordinator.load(load, [plan.runner], on_progress, should_stop)
-        except Cancelled:
-            return
-        except EngineError as error:
-            self._give_up(error)
-            return
         config, window = load.config, load.kv_window
         self._slots = Slots(
             load.kept_positions,
             lambda written, length: can_truncate(config, window, written, length),
         )
-        self._plan = plan._replace(load=load)
+        try:
+            self._coordinator.load(load, [plan.runner], on_progress, should_stop)
+            self._plan = plan._replace(load=load)
+            self._warm_up()
+        except (Cancelled, StepAborted):
+            self._plan = None
+        except EngineError as error:
+            self._give_up(error)
+        except StepFailed as failed:
+            self._give_up(failed.error)
 
     def drop(self) -> None:
         """Use no model."""
@@ -394,6 +396,16 @@ class DraftModel:
             return []
         candidates = gather_candidates(load.plan, answers, [[] for _ in places])
         return [int(found.ids[np.argmax(found.logits)]) for found in candidates]
+
+    def _warm_up(self) -> None:
+        """The first steps touch new memory; what they take says nothing of later ones."""
+        place = _Place(0, [], 0, 0, False, Acceptance())
+        kinds: tuple[StepKind, ...] = ("prompt", "generated")
+        for kind in kinds:
+            ids = [0] * (FIRST_PIECE // 2 if kind == "prompt" else 1)
+            self._step(kind, [(place, ids)])
+            place.held += ids
+        self._operations.append(m.SlotOperation(action="free", slot=place.slot))
 
     # ---- the end -----------------------------------------------------------------------------
 

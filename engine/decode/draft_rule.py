@@ -4,7 +4,8 @@ In: what its steps and those of the big model took, and how often its guesses ca
 tokens it guesses next. Pure: it measures and computes nothing itself.
 
 A guess of the text itself is free, one of a model takes that model's time, whether or not it comes
-true. So where nothing is known, or it did not pay lately, it is tried for a small share of the time.
+true. So where nothing is known, or it did not pay lately, it is tried for a small share of the time;
+at first for half a second.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MOST_GUESSED = 8
 FIRST_SHARE, LATER_SHARE = 0.03, 0.01
 # Guesses that were compared with what came, after which its worth is known.
 KNOWN_AFTER = 20
+# What may be saved up for that, and tried away at first: who gives a draft model wants it tried.
 MOST_ALLOWANCE_SECONDS = 0.5
 # An answer is hoped to use this share of the tokens that it may have.
 HOPED_LENGTH = 0.5
@@ -53,7 +55,7 @@ class DraftRule:
         self.times = StepTimes()
         self.probability = PRIOR_RIGHT / PRIOR_SEEN
         self._num_compared = 0
-        self._allowance = 0.0
+        self._allowance = MOST_ALLOWANCE_SECONDS
         self._seconds_per_read: float | None = None
 
     @property
@@ -69,7 +71,10 @@ class DraftRule:
     def note_try(self, seconds: float, num_compared: int) -> None:
         """So much was tried away, for so many guesses to be compared with what comes."""
         self._allowance -= seconds
+        was_known = self._num_compared >= KNOWN_AFTER
         self._num_compared += num_compared
+        if self._num_compared >= KNOWN_AFTER and not was_known:
+            self._allowance = min(self._allowance, 0.0)
 
     def note_read(self, num_tokens: int, seconds: float) -> None:
         """The draft model read a piece of a conversation."""

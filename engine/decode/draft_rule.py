@@ -5,7 +5,7 @@ tokens it guesses next. Pure: it measures and computes nothing itself.
 
 A guess of the text itself is free, one of a model takes that model's time, whether or not it comes
 true. So where nothing is known, or it did not pay lately, it is tried for a small share of the time;
-at first for half a second.
+at first for a second and a half.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ MOST_GUESSED = 8
 FIRST_SHARE, LATER_SHARE = 0.03, 0.01
 # Guesses that were compared with what came, after which its worth is known.
 KNOWN_AFTER = 20
-# What may be saved up for that, and tried away at first: who gives a draft model wants it tried.
 MOST_ALLOWANCE_SECONDS = 0.5
+# What may be tried away at first, for reading a prompt and some guesses: who gives a draft model
+# wants it tried.
+FIRST_ALLOWANCE_SECONDS = 1.5
 # An answer is hoped to use this share of the tokens that it may have.
 HOPED_LENGTH = 0.5
 # How much the last answer says of the next one.
@@ -55,7 +57,7 @@ class DraftRule:
         self.times = StepTimes()
         self.probability = PRIOR_RIGHT / PRIOR_SEEN
         self._num_compared = 0
-        self._allowance = MOST_ALLOWANCE_SECONDS
+        self._allowance = FIRST_ALLOWANCE_SECONDS
         self._seconds_per_read: float | None = None
 
     @property
@@ -66,7 +68,8 @@ class DraftRule:
     def note_big_step(self, seconds: float) -> None:
         """The big model computed: a small share of that may be tried away."""
         share = FIRST_SHARE if self._num_compared < KNOWN_AFTER else LATER_SHARE
-        self._allowance = min(MOST_ALLOWANCE_SECONDS, self._allowance + share * seconds)
+        if self._allowance < MOST_ALLOWANCE_SECONDS:
+            self._allowance += share * seconds
 
     def note_try(self, seconds: float, num_compared: int) -> None:
         """So much was tried away, for so many guesses to be compared with what comes."""

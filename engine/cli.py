@@ -23,6 +23,7 @@ from engine.cli_options import (
     BiasOption,
     CacheDtype,
     CacheDtypeOption,
+    DraftModelOption,
     Dtype,
     DtypeOption,
     FrequencyOption,
@@ -129,6 +130,7 @@ def generate(
     stop_id: StopIdOption = None,
     logprobs: LogprobsOption = None,
     speculation: SpeculationOption = Speculation.AUTO,
+    draft_model: DraftModelOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Skip the chat template.")] = False,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
@@ -189,7 +191,9 @@ def generate(
         print(json.dumps(report(finished, session.memory)) if as_json else "")
 
     run_session(
-        _options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work, check
+        _options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node, draft_model),
+        work,
+        check,
     )
 
 
@@ -243,6 +247,7 @@ def chat(
     top_p: TopPOption = 0.9,
     seed: SeedOption = None,
     speculation: SpeculationOption = Speculation.AUTO,
+    draft_model: DraftModelOption = None,
     workers: WorkersOption = 0,
     plan: PlanOption = None,
     threads: ThreadsOption = None,
@@ -296,7 +301,9 @@ def chat(
                 file=sys.stderr,
             )
 
-    run_session(_options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node), work)
+    run_session(
+        _options(model, dtype, workers, plan, threads, kv_window, kv_dtype, node, draft_model), work
+    )
 
 
 app.command()(bench)
@@ -335,6 +342,7 @@ def _options(
     kv_window: int | None,
     kv_dtype: CacheDtype,
     node: list[str] | None,
+    draft_model: str | None = None,
 ) -> SessionOptions:
     return SessionOptions(
         model=model,
@@ -345,6 +353,7 @@ def _options(
         kv_window=kv_window,
         kv_dtype=kv_dtype.value,
         nodes=tuple(node or ()),
+        draft_model=draft_model,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ import typer
 from engine.cli_options import (
     CacheDtype,
     CacheDtypeOption,
+    DraftModelOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -31,6 +33,7 @@ from engine.cli_running import run_session
 from engine.host import messages as api
 from engine.measuring.bandwidth import ceiling_share, read_bandwidth, usable_cores
 from engine.measuring.conversations import ConversationSpeeds, measure_conversations
+from engine.measuring.draft_gain import measure_draft_gain
 from engine.measuring.private_memory import MemoryWatch
 from engine.session import Session, SessionOptions
 
@@ -52,6 +55,7 @@ def bench(
     kv_window: WindowOption = None,
     kv_dtype: CacheDtypeOption = CacheDtype.AUTO,
     node: NodeOption = None,
+    draft_model: DraftModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast a model is here, and how near to what this computer's memory allows."""
@@ -64,6 +68,7 @@ def bench(
         kv_window=kv_window,
         kv_dtype=kv_dtype.value,
         nodes=tuple(node or ()),
+        draft_model=draft_model,
     )
     started = time.perf_counter()
     with MemoryWatch() as watch:
@@ -75,6 +80,8 @@ def bench(
             session.benchmark(min(prompt_tokens, warm_prompt), warm_answer)
             finished = session.benchmark(prompt_tokens, generated_tokens)
             figures = _figures(session, finished, ready_seconds)
+            if draft_model is not None:
+                figures["draft_model"] = asdict(measure_draft_gain(session, generated_tokens))
             if as_json:
                 display.stop()
                 print(json.dumps(figures))
@@ -146,6 +153,8 @@ def table_lines(figures: dict[str, Any], together: dict[int, ConversationSpeeds]
             _share(figures),
         ),
     ]
+    if "draft_model" in figures:
+        rows.append(_draft_row(figures["draft_model"]))
     for count, found in together.items():
         each = f"{found.total / count:,.1f} each, the slowest {found.slowest_share:.0%} of that"
         rows.append((f"{count} conversations at once", f"{found.total:,.1f} tok/s", each))
@@ -179,6 +188,14 @@ def computers(kernels: dict[str, str]) -> str:
     for device, name in kernels.items():
         devices.setdefault(f"{name} kernels".lstrip(), []).append(device)
     return " and ".join(f"{name} on {', '.join(found)}" for name, found in devices.items())
+
+
+def _draft_row(gain: dict[str, Any]) -> tuple[str, str, str]:
+    note = (
+        f"{gain['plain_tps']:,.1f} tok/s without; {gain['accepted_tokens']:,} of "
+        f"{gain['drafted_tokens']:,} guesses came true"
+    )
+    return f"a story, with draft model {gain['name']}", f"{gain['tps']:,.1f} tok/s", note
 
 
 def _share(figures: dict[str, Any]) -> str:

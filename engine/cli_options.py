@@ -121,8 +121,15 @@ StopIdOption = Annotated[
 SpeculationOption = Annotated[
     Speculation,
     typer.Option(
-        help="Verify guesses from the text so far, several in a step: where that measured faster, "
-        "always, or never. With --dtype float32 the answer is the same."
+        help="Verify guesses from the text so far, and of a --draft-model, several in a step: where "
+        "that measured faster, always, or never. With --dtype float32 the answer is the same."
+    ),
+]
+DraftModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="GGUF file or folder of a smaller model with the same vocabulary, whose guesses are "
+        "verified as --speculation says; computed on this computer."
     ),
 ]
 LogprobsOption = Annotated[

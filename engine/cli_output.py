@@ -42,6 +42,8 @@ class ProgressDisplay:
             self._note(f"{message.message}. Going on without it")
         if isinstance(message, api.PlanApplied) and message.note:
             self._note(message.note)
+        if isinstance(message, api.DraftModelLost):
+            self._note(message.message)
         if not isinstance(message, api.Progress):
             return
         if not self._console.is_terminal:
@@ -107,6 +109,8 @@ def report(finished: api.Finished, memory: Mapping[str, api.DeviceMemory]) -> di
         "decode_steps": finished.decode_steps,
         "drafted_tokens": finished.drafted_tokens,
         "accepted_tokens": finished.accepted_tokens,
+        "model_drafted_tokens": finished.model_drafted_tokens,
+        "model_accepted_tokens": finished.model_accepted_tokens,
         "seed": finished.seed,
         "timings": {
             "ttft_s": finished.ttft_s,

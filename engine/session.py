@@ -57,6 +57,7 @@ class SessionOptions:
         plan: a plan, or the path of a plan file; None follows `num_workers`.
         num_threads: threads of each runner; None shares the cores out.
         nodes: join tokens of workers on other computers.
+        draft_model: file or folder of a smaller model that guesses; None for none.
     """
 
     model: str | None = None
@@ -67,6 +68,7 @@ class SessionOptions:
     kv_window: int | None = None
     kv_dtype: api.CacheDtypeChoice = "auto"
     nodes: tuple[str, ...] = ()
+    draft_model: str | None = None
 
 
 class Session:
@@ -312,6 +314,7 @@ class Session:
             kv_window=options.kv_window,
             kv_dtype=options.kv_dtype,
             num_threads=options.num_threads,
+            draft_path=options.draft_model,
         )
         self.client.run(call, on_event)
         if not opened:

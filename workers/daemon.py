@@ -24,6 +24,7 @@ from engine.cluster.codec import MAX_HEADER_BYTES
 from engine.cluster.identity import fingerprint
 from engine.cluster.load_check import is_host
 from engine.cluster.processes import Greeting, answer_address, end_with_parent, read_greeting
+from engine.cluster.runner_start import runner_settings
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import Channel, Frames, listen, new_local_endpoint
 from engine.errors import EngineError, PeerRefused, WorkerLost
@@ -35,7 +36,7 @@ from workers.listener_watch import ListenerWatch
 from workers.mailbox import Mailbox
 from workers.options import SpeedSource, WorkerOptions
 from workers.reception import Activity, Reception
-from workers.runners import RunnerEvent, Runners, runner_settings
+from workers.runners import RunnerEvent, Runners
 from workers.slice_cache_settings import choose_cache
 from workers.telemetry import Meter, list_devices, machine_id, system_label
 from workers.telemetry_thread import TelemetryThread

@@ -8,14 +8,14 @@ present one of its device is decided in the worker's loop alone.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from engine.cluster import messages as m
 from engine.cluster.processes import Child, Greeting
+from engine.cluster.runner_start import start_runner
 from engine.errors import WorkerLost
 from workers.out_of_memory import KillCounter
 
@@ -27,9 +27,6 @@ START_SECONDS = 60.0
 END_SECONDS = 1.0
 # For all of them together, when this process ends.
 CLOSE_SECONDS = 2.5
-# Threads that wait for each other inside an operator spin briefly, then sleep: sleeping at once
-# slows decoding on an idle machine, spinning as long as libgomp likes to slows it on a busy one.
-OMP_SPINS = "10000"
 
 
 class RunnerEvent(NamedTuple):
@@ -165,16 +162,7 @@ class Runners:
         self._put(RunnerEvent(launch.number, started))
 
     def _spawn(self, launch: _Launch, greeting: Greeting) -> Child:
-        return Child(
-            "engine.cluster.runner_process",
-            ["shardmix-runner", launch.device],
-            greeting,
-            environment={
-                "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", OMP_SPINS),
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # As the driver numbers GPUs in list_devices.
-            },
-            on_exit=lambda child: self._on_exit(launch, child),
-        )
+        return start_runner(launch.device, greeting, lambda child: self._on_exit(launch, child))
 
     def _on_exit(self, launch: _Launch, child: Child) -> None:
         if not child.is_ending:
@@ -185,22 +173,3 @@ class Runners:
         logger.warning("the runner of %s: %s", launch.device, cause)
         exited = m.RunnerExited(device=launch.device, pid=pid, cause=cause)
         self._put(RunnerEvent(launch.number, exited))
-
-
-def runner_settings(
-    control_endpoint: str,
-    exchange_endpoint: str,
-    transport: str,
-    cache_folder: str,
-    cache_limit_bytes: int,
-    is_host_here: bool,
-) -> dict[str, Any]:
-    """What a runner is told at its start, beside its device and whom to obey."""
-    return {
-        "control_endpoint": control_endpoint,
-        "exchange_endpoint": exchange_endpoint,
-        "transport": transport,
-        "cache_dir": cache_folder,
-        "cache_limit_bytes": cache_limit_bytes,
-        "is_host_here": is_host_here,
-    }

@@ -321,6 +321,11 @@ class Coordinator:
             self._links.tell_all(m.Abort(epoch=self._request.epoch))
             self._request = None
 
+    def disconnect(self) -> None:
+        """Give the plan up, and all connections to runners."""
+        self.abort()
+        self._links.connect(())
+
     def close(self) -> None:
         """Close all sockets."""
         self._links.close()

@@ -33,6 +33,7 @@ class Work:
     Attributes:
         count: of its known tokens.
         guess: what may follow them, to be compared with what does.
+        passed_over: another guess, which is compared but not verified.
         num_drafted: of the guess, how many tokens the step verifies.
         changes: of the logits, for each position that a token is chosen from.
     """
@@ -40,6 +41,7 @@ class Work:
     sequence: Sequence
     count: int
     guess: Draft = field(default_factory=lambda: Draft([], 0))
+    passed_over: Draft = field(default_factory=lambda: Draft([], 0))
     num_drafted: int = 0
     changes: list[LogitChanges] = field(default_factory=list[LogitChanges])
 
@@ -108,21 +110,29 @@ def share_tokens(wanted: Seq[int], limit: int) -> list[int]:
     return shares
 
 
-def generated_works(
-    running: Seq[Sequence], limit: int, times: StepTimes, vocab_size: int
-) -> list[Work]:
-    """The next token of every answer, or a piece of one that is computed again, and guesses.
+def generated_works(running: Seq[Sequence], limit: int) -> list[Work]:
+    """The next token of every answer, or a piece of one that is computed again.
 
     Args:
         limit: tokens of each that are computed again.
-        times: of earlier steps.
+    Returns: works with what prompt lookup guesses; none of it is verified yet.
     """
     works = [Work(s, s.next_count(limit)) for s in running if s.next_kind == "generated"]
     for work in works:
         work.guess = work.sequence.draft()
+    return works
+
+
+def choose_guesses(works: Seq[Work], times: StepTimes, vocab_size: int) -> None:
+    """Decide how many guessed tokens of each work the step verifies.
+
+    Args:
+        works: of generated tokens.
+        times: of earlier steps.
+    """
     drafting = [work for work in works if work.guess.ids]
     if not drafting:
-        return works
+        return
     most = min(MOST_DRAFTED, MAX_LOGITS_BYTES // (4 * vocab_size) - len(works))
     for work in drafting:
         if work.sequence.speculation == "on":
@@ -130,7 +140,7 @@ def generated_works(
             most -= work.num_drafted
     # While answers are computed again, steps say nothing of what a plain one takes.
     if any(work.count > 1 for work in works):
-        return works
+        return
     free = [work for work in drafting if work.sequence.speculation == "auto"]
     offers = [
         Offer(
@@ -141,7 +151,6 @@ def generated_works(
     lengths = choose_lengths(offers, len(works), times, max(0, most))
     for work, length in zip(free, lengths, strict=True):
         work.num_drafted = length
-    return works
 
 
 def take_back(works: Seq[Work]) -> list[SlotOperation]:

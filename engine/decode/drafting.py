@@ -15,6 +15,8 @@ from engine.decode.run_index import RunIndex
 MATCH_LENGTHS = (4, 3, 2)
 # Even a sure guess is verified in steps short enough to stream.
 MAX_DRAFT = 15
+# Of guesses by a draft model, beside prompt lookup's sources, which are the lengths of its matches.
+MODEL_SOURCE = 1
 # Of a longer prompt only the end is looked through: it would take noticeable time and memory.
 MAX_INDEXED = 1 << 15
 

@@ -52,6 +52,9 @@ class Listener(Protocol):
     def on_plan_lost(self, error: EngineError) -> None:
         """The plan in force can no longer run."""
 
+    def on_draft_lost(self, error: EngineError) -> None:
+        """The draft model cannot guess any more; answers go on without it."""
+
     def on_load_progress(self, request_id: int, device: str, done: int, total: int) -> None:
         """Weights on their way."""
 

@@ -2,7 +2,7 @@
 
 In: plans, requests, cancels, from any thread. Out: calls of a request's listeners, and a sink for
 what the steps measured. It owns the coordinator. A step is either pieces of all prompts or the next
-token of every running answer, with guesses where they pay; pieces are as long as 150 ms of measured
+token of every running answer, with guesses where they pay, its own or a draft model's; pieces are as long as 150 ms of measured
 speed allow, so a cancel is heard in time.
 """
 
@@ -27,6 +27,7 @@ from engine.cluster.coordinator import (
 from engine.cluster.runner_links import RunnerAddress
 from engine.decode.batching import (
     Work,
+    choose_guesses,
     find_changes,
     generated_works,
     input_rows,
@@ -35,6 +36,7 @@ from engine.decode.batching import (
     step_kind,
     take_back,
 )
+from engine.decode.draft_model import DraftModel, DraftPlan
 from engine.decode.gather import gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
 from engine.decode.pace import Pace
@@ -60,6 +62,7 @@ class _PutPlan:
     load: LoadRequest
     runners: tuple[RunnerAddress, ...]
     embeddings: EmbeddingSource
+    draft: DraftPlan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class Scheduler:
         """Start the thread.
 
         Args:
-            make_coordinator: called in the scheduler's thread, which then owns the result.
+            make_coordinator: called in the scheduler's thread, which then owns the result: once
+                for the model, once for a draft model.
         """
         self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | _Cancel | None] = (
             queue.SimpleQueue()
@@ -109,9 +113,11 @@ class Scheduler:
         self._slots = Slots(0, lambda _written, _length: False)
         self._pace = Pace()
         self._step_times = StepTimes()
+        self._drafting_seconds = 0.0
         self._last_kind: StepKind = "generated"
         self._started = threading.Event()
         self._coordinator: Coordinator
+        self._draft_model: DraftModel
         self._thread = threading.Thread(
             target=self._main, args=(make_coordinator,), name="scheduler", daemon=True
         )
@@ -126,9 +132,14 @@ class Scheduler:
         load: LoadRequest,
         runners: tuple[RunnerAddress, ...],
         embeddings: EmbeddingSource,
+        draft: DraftPlan | None = None,
     ) -> None:
-        """Put a plan in force; running requests pause and go on under it."""
-        self._commands.put(_PutPlan(request_id, load, runners, embeddings))
+        """Put a plan in force; running requests pause and go on under it.
+
+        Args:
+            draft: the model that is to guess; one that does so already goes on.
+        """
+        self._commands.put(_PutPlan(request_id, load, runners, embeddings, draft))
 
     def drop_plan(self, reason: EngineError) -> threading.Event:
         """Forget the plan; running requests end with `reason`. The event says when it is done."""
@@ -152,6 +163,7 @@ class Scheduler:
     def runner_lost(self, public_key: bytes, cause: str) -> None:
         """A worker says that the runner with a key ended. Only the host's main thread."""
         self._coordinator.report_lost(public_key, cause)
+        self._draft_model.report_lost(public_key, cause)
         self._commands.put(None)
 
     def close(self) -> None:
@@ -164,6 +176,12 @@ class Scheduler:
 
     def _main(self, make_coordinator: Callable[[], Coordinator]) -> None:
         self._coordinator = make_coordinator()
+        self._draft_model = DraftModel(
+            make_coordinator(),
+            lambda: self._should_end,
+            self._listener.on_draft_lost,
+            self._listener.on_step_sent,
+        )
         self._started.set()
         try:
             while not self._should_end:
@@ -184,6 +202,7 @@ class Scheduler:
                     self._plan_lost(EngineError(f"a step failed: {type(error).__name__}: {error}"))
         finally:
             self._coordinator.close()
+            self._draft_model.close()
 
     def _take_commands(self) -> None:
         is_idle = not (self._waiting or self._running or self._operations)
@@ -206,6 +225,7 @@ class Scheduler:
                 self._cancelled.discard(command.request_id)
             elif isinstance(command, _DropPlan):
                 self._coordinator.abort()
+                self._draft_model.drop()
                 self._load = None
                 self._is_interrupted = False
                 self._fail_all(command.reason)
@@ -251,6 +271,7 @@ class Scheduler:
             listener.on_failed(command.request_id, known)
             self._fail_all(known)
             return
+        self._draft_model.put(command.draft, on_progress, should_stop)
         self._load, self._plan = command.load, command.load.plan
         self._is_interrupted = False
         self._embeddings = command.embeddings
@@ -285,6 +306,8 @@ class Scheduler:
 
     def _work(self) -> None:
         """One step, if there is anything to do."""
+        self._draft_model.follow({s.request_id for s in [*self._running, *self._waiting]})
+        self._drafting_seconds = 0.0
         if self._load is None:
             if self._waiting and not self._is_interrupted:
                 self._fail_all(PlanError("no plan is in force; open a model and apply a plan"))
@@ -301,7 +324,14 @@ class Scheduler:
             num_together = sum(s.next_kind == "generated" for s in running)
             limit = self._piece(kind, max(1, num_together), has_logits=False)
             vocab_size = self._load.config.vocab_size
-            works = generated_works(running, limit, self._step_times, vocab_size)
+            works = generated_works(running, limit)
+            self._drafting_seconds = self._draft_model.add_guesses(
+                works,
+                self._step_times,
+                vocab_size,
+                lambda: self._should_end or bool(self._cancelled),
+            )
+            choose_guesses(works, self._step_times, vocab_size)
         if works or self._operations:
             self._step(kind, works)
         self._pace.report(self._listener)
@@ -389,7 +419,9 @@ class Scheduler:
         num_right += sum(work.sequence.num_accepted for work in works)
         num_wasted = sum(work.num_drafted for work in works) - num_right
         totals = [work.sequence.totals for work in works]
-        self._pace.measure(kind, num_tokens, num_wasted, seconds, load.plan, answers, totals)
+        whole_seconds = seconds + self._drafting_seconds
+        self._pace.measure(kind, num_tokens, num_wasted, whole_seconds, load.plan, answers, totals)
+        self._draft_model.note_big_step(seconds)
         # What is computed again after a fault says nothing of the next step.
         if works and kind == "generated" and all(work.count == 1 for work in works):
             self._step_times.note(num_tokens, seconds)

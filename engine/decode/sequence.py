@@ -69,6 +69,7 @@ class Sequence:
         images: features that stand in for the embeddings of image tokens.
         speculation: whether guesses at its next tokens may be verified with them.
         num_drafted, num_accepted: guessed tokens that were verified, and that came true.
+        num_model_drafted, num_model_accepted: of them, those of a draft model.
         num_decode_steps: steps that chose tokens after the first.
         is_broken: an aborted step touched its slot.
         on_text: hears each generated id with the text it completed.
@@ -99,6 +100,8 @@ class Sequence:
     acceptance: Acceptance = field(default_factory=Acceptance)
     num_drafted: int = 0
     num_accepted: int = 0
+    num_model_drafted: int = 0
+    num_model_accepted: int = 0
     num_decode_steps: int = 0
     slot: int = -1
     num_computed: int = 0
@@ -151,17 +154,22 @@ class Sequence:
         self.num_computed += count
         self.num_written = max(self.num_written, self.num_computed + num_guessed)
 
-    def draft(self) -> Draft:
-        """A guess at the next tokens after the one that is next to be chosen from the cache.
+    @property
+    def most_drafted(self) -> int:
+        """Guessed tokens that may be verified after the next one from the cache.
 
-        Empty where none may be verified: while tokens are replayed, and at the end of the answer.
+        0 while tokens are replayed, and at the end of the answer.
         """
         is_replaying = self.num_computed + 1 < len(self.ids)
+        if self.speculation == "off" or is_replaying:
+            return 0
         # The step chooses one token more than it verifies.
-        limit = min(MAX_DRAFT, self.max_tokens - self.num_generated - 1)
-        if self.speculation == "off" or is_replaying or limit < 1:
-            return Draft([], 0)
-        return self.drafter.draft(self.ids, limit)
+        return max(0, min(MAX_DRAFT, self.max_tokens - self.num_generated - 1))
+
+    def draft(self) -> Draft:
+        """A guess of prompt lookup; may be empty."""
+        limit = self.most_drafted
+        return self.drafter.draft(self.ids, limit) if limit else Draft([], 0)
 
     def cache_ids(self, count: int) -> list[int]:
         """What identifies the first tokens in the cache: ids, and for image tokens the image."""

@@ -127,6 +127,11 @@ class Acceptance:
     _right: dict[int, float] = field(default_factory=dict[int, float])
     _seen: dict[int, float] = field(default_factory=dict[int, float])
 
+    def expect(self, source: int, probability: float) -> None:
+        """Begin with what other sequences taught of a source, where nothing is known yet."""
+        if source not in self._seen:
+            self._right[source], self._seen[source] = PRIOR_SEEN * probability, PRIOR_SEEN
+
     def probability(self, source: int) -> float:
         """That a guess from a source comes true where those before it did."""
         return self._right.get(source, PRIOR_RIGHT) / self._seen.get(source, PRIOR_SEEN)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 
 from engine.cluster import messages as m
 from engine.decode.batching import Work
+from engine.decode.drafting import MODEL_SOURCE
 from engine.decode.sampling import Candidates, all_candidates
 from engine.errors import EngineError
 
@@ -44,7 +45,11 @@ def take_tokens(
             break
     chosen = sequence.ids[before:]
     num_right = len(chosen) - 1
-    sequence.acceptance.note(work.guess.source, work.guess.ids, chosen)
+    for guess in (work.guess, work.passed_over):
+        sequence.acceptance.note(guess.source, guess.ids, chosen)
+    if work.guess.source == MODEL_SOURCE:
+        sequence.num_model_drafted += len(drafted)
+        sequence.num_model_accepted += num_right
     sequence.count_step(len(drafted), num_right, is_first=before == sequence.num_prompt)
     sequence.advance(work.count + num_right, len(drafted) - num_right)
     if num_right == len(drafted):

@@ -30,8 +30,10 @@ from engine.decode.sequence import Sequence
 from engine.errors import Cancelled, EngineError, PlanError, PromptError, WorkerLost
 from engine.host import figures
 from engine.host import messages as api
+from engine.host.draft_runner import DraftRunner
 from engine.host.node_calls import NodeCalls
 from engine.host.nodes import THIS_NODE, Nodes
+from engine.host.opened_draft import OpenedDraft
 from engine.host.opened_model import OpenedModel, image_paths
 from engine.host.plan_application import PlanApplication
 from engine.host.preparation import Preparation
@@ -86,6 +88,7 @@ class EngineHost:
         self._calls = _Calls()
         self._model: OpenedModel | None = None
         self._num_threads: int | None = None
+        self._enders: list[threading.Thread] = []
         self._plan: Plan | None = None
         self._busy_until = 0.0
         self._nodes_at = 0.0
@@ -150,10 +153,15 @@ class EngineHost:
 
     def close(self) -> None:
         """End everything this host started."""
+        if self._application.draft is not None:  # It may be frozen; time is short.
+            self._enders.append(self._application.draft.end_process())
         self.scheduler.close()
+        self._end_draft()
         self._node_calls.close()
         self._nodes.close()
         self._preparation.close()
+        for thread in self._enders:
+            thread.join(2.0)
         if self._model is not None:
             self._model.close()
         self._client.close()
@@ -293,6 +301,11 @@ class EngineHost:
             call.path, on_progress, cancelled=lambda: request_id in self._calls.cancelled
         )
         model = OpenedModel(path, call.dtype, call.kv_window, call.kv_dtype)
+        try:
+            draft = OpenedDraft(call.draft_path, model) if call.draft_path is not None else None
+        except Exception:
+            model.close()
+            raise
         # Nothing goes on with the old model from here.
         self._call_soon(lambda: self._application.forget(PlanError("another model was opened")))
         # Nothing of the old model may be read by the scheduler when its files close.
@@ -300,8 +313,10 @@ class EngineHost:
         while not dropped.wait(0.25):
             if self._should_end:
                 model.close()
+                if draft is not None:
+                    draft.close()
                 return
-        self._call_soon(lambda: self._take_model(model, call))
+        self._call_soon(lambda: self._take_model(model, draft, call))
 
     def _submit(self, call: Any) -> None:
         model = self._model
@@ -346,10 +361,22 @@ class EngineHost:
 
     # ---- main thread: model and plan ---------------------------------------------------------
 
-    def _take_model(self, model: OpenedModel, call: api.OpenModel) -> None:
+    def _take_model(
+        self, model: OpenedModel, draft: OpenedDraft | None, call: api.OpenModel
+    ) -> None:
         self._application.forget(PlanError("another model was opened"))
         if self._model is not None:
             self._model.close()
+        self._end_draft()
+        if draft is not None:
+            self._application.draft = DraftRunner(
+                draft,
+                self.keys,
+                self._call_soon,
+                self._application.advance,
+                self.scheduler.runner_lost,
+                self._draft_lost,
+            )
         self._model = model
         self._num_threads = call.num_threads
         self._plan = None
@@ -363,9 +390,20 @@ class EngineHost:
             kv_dtype=model.kv_dtype,
             file_bytes=model.file_bytes,
             warning=model.warning,
+            draft_name=draft.name if draft is not None else None,
         )
         self._send(call.request_id, event)
         self._end(call.request_id, api.Done(request_id=call.request_id))
+
+    def _end_draft(self) -> None:
+        """The scheduler has given its model up."""
+        draft, self._application.draft = self._application.draft, None
+        if draft is not None:
+            self._enders = [t for t in self._enders if t.is_alive()] + [draft.end()]
+
+    def _draft_lost(self, reason: str) -> None:
+        message = f"the draft model is lost, answers go on without its guesses: {reason}"
+        self._broadcast(api.DraftModelLost(message=message))
 
     def _on_nodes(self) -> None:
         self._call_soon(self._application.advance)
@@ -413,6 +451,8 @@ class EngineHost:
             decode_steps=sequence.num_decode_steps,
             drafted_tokens=sequence.num_drafted,
             accepted_tokens=sequence.num_accepted,
+            model_drafted_tokens=sequence.num_model_drafted,
+            model_accepted_tokens=sequence.num_model_accepted,
             logprobs=None if sequence.num_logprobs is None else tuple(sequence.logprobs),
         )
         self._call_soon(lambda: self._end(request_id, event))
@@ -475,6 +515,15 @@ class EngineHost:
         """The devices compute: time to pass on what the step before gave."""
         if not self._soon.empty():
             self._wake()
+
+    def on_draft_lost(self, error: EngineError) -> None:
+        """The draft model cannot guess any more."""
+
+        def tell() -> None:
+            if self._application.draft is not None:
+                self._application.draft.lose(str(error))
+
+        self._call_soon(tell)
 
     def on_links(self, links: Mapping[tuple[str, str], LinkFigures]) -> None:
         """Figures of links in use."""

@@ -29,6 +29,10 @@ class OpenModel(Message, frozen=True):
 
     Progress arrives as `Progress`; success as `ModelOpened`, then `Done`. The plan in force is
     dropped: apply one next.
+
+    Attributes:
+        draft_path: file or folder of a smaller model with the same vocabulary, whose guesses at the
+            next tokens are verified too; it is computed on this computer's CPU.
     """
 
     request_id: int
@@ -37,6 +41,7 @@ class OpenModel(Message, frozen=True):
     kv_window: int | None = None
     kv_dtype: CacheDtypeChoice = "auto"
     num_threads: int | None = None
+    draft_path: str | None = None
 
 
 class AddSimulatedNodes(Message, frozen=True):
@@ -156,7 +161,7 @@ class Generate(Message, frozen=True):
         batch_index: the request's number in a batch with one seed. Noise is a function of seed,
             this number and position, so the members differ, and each can be had again alone.
         speculation: whether guesses at the next tokens, from text that prompt and answer already
-            have, are verified several in a step: "auto" where that measured faster, "on" wherever
+            have or of a draft model, are verified several in a step: "auto" where that measured faster, "on" wherever
             there is a guess. With float32 weights it changes no choice of a token.
     """
 
@@ -256,6 +261,7 @@ class ModelOpened(Message, frozen=True):
     kv_dtype: str
     file_bytes: int
     warning: str | None = None
+    draft_name: str | None = None
 
 
 class DeviceMemory(Message, frozen=True):
@@ -392,6 +398,7 @@ class Finished(Message, frozen=True):
         decode_steps: steps that chose the tokens after the first; fewer than those where guesses
             came true.
         drafted_tokens, accepted_tokens: guesses that were verified, and that came true.
+        model_drafted_tokens, model_accepted_tokens: of them, those of a draft model.
         logprobs: one for each of `token_ids` where the request asked for them, else None.
         ttft_s: from the call's arrival to the first token.
         prefill_tps, decode_tps: tokens per second; 0 where there was nothing to measure.
@@ -412,6 +419,8 @@ class Finished(Message, frozen=True):
     decode_steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    model_drafted_tokens: int = 0
+    model_accepted_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
@@ -497,6 +506,12 @@ class Throughput(Message, frozen=True):
     devices: tuple[DeviceUsage, ...]
 
 
+class DraftModelLost(Message, frozen=True):
+    """The draft model guesses no more; answers go on without it. `message` tells why."""
+
+    message: str
+
+
 class PlanLost(Message, frozen=True):
     """The plan in force can no longer run; `message` names the device, its layers and the cause."""
 
@@ -510,6 +525,7 @@ EVENTS = (
     | ModelOpened
     | PlanApplied
     | PlanInterrupted
+    | DraftModelLost
     | LinksChanged
     | PairingCode
     | TokensGenerated

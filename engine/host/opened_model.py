@@ -74,7 +74,7 @@ class OpenedModel:
             self.close()
             raise
         self.tensors = tuple(tensors)
-        self.identity = _identity(self.checkpoint)
+        self.identity = identify(self.checkpoint)
         self.file_bytes = sum(f.stat().st_size for f in self.checkpoint.files)
 
     @property
@@ -260,7 +260,7 @@ def _greedy(request_id: int, max_tokens: int) -> api.Generate:
     )
 
 
-def _identity(checkpoint: Checkpoint) -> str:
+def identify(checkpoint: Checkpoint) -> str:
     """A name for these weights, so that a runner knows what it may keep for a new plan."""
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
     tensors = tuple(checkpoint.tensors.values())

@@ -8,7 +8,7 @@ on when something happened to the nodes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +19,17 @@ from engine.cluster.local_copies import describe_files
 from engine.cluster.messages import Message
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.transport import Channel, address_that_reaches
+from engine.decode.draft_model import DraftPlan
 from engine.decode.scheduler import Scheduler
 from engine.errors import EngineError, PlanError, WorkerLost
 from engine.host import messages as api
+from engine.host.draft_runner import DraftRunner
 from engine.host.nodes import MAX_SIMULATED, SIMULATED_PREFIX, THIS_NODE, Nodes
 from engine.host.opened_model import OpenedModel
 from engine.host.recovery import nearest_plan, num_quanta, what_changed
 from engine.host.trusted_network import NodeTrust, check_trusted_network
-from engine.model.memory import check_memory, has_room_for_more, plan_memory
+from engine.measuring.bandwidth import usable_cores
+from engine.model.memory import ShareMemory, check_memory, has_room_for_more, plan_memory
 from engine.plan.plan import Plan, PlanShape, Transport
 from engine.weights.models import cache_folder
 
@@ -72,6 +75,7 @@ class PlanApplication:
     """At most one plan at a time is on its way.
 
     Attributes:
+        draft: the draft model of the open model, if there is one; set by the host.
         memory: what the devices of the last plan that could be loaded need.
         note: of the last plan that could be loaded.
     """
@@ -101,6 +105,7 @@ class PlanApplication:
         self._interruption: WorkerLost | None = None
         self._restarted_at: dict[str, float] = {}
         self._epoch = 0
+        self.draft: DraftRunner | None = None
         self.memory: tuple[api.DeviceMemory, ...] = ()
         self.note = ""
 
@@ -150,6 +155,7 @@ class PlanApplication:
             return
         there = {runner.device for runner in runners}
         waiting_for = ", ".join(device for device in used if device not in there)
+        is_draft_settled = self.draft is None or self.draft.is_settled
         self._send(
             job.request_id,
             api.Progress(
@@ -160,7 +166,7 @@ class PlanApplication:
                 total=len(used),
             ),
         )
-        if len(runners) == len(used):
+        if len(runners) == len(used) and is_draft_settled:
             self._load(job, runners)
 
     def cancel(self, request_id: int) -> bool:
@@ -318,14 +324,14 @@ class PlanApplication:
             return plan, f"{error}. Connected again"
         there = [d for d in plan.devices if d not in lost and self._is_there(d)]
         try:
-            new = nearest_plan(job.model, plan, self._memory_pools(there))
+            new = nearest_plan(job.model, plan, self._pools_beside_draft(there))
         except PlanError:
             if all(map(self._can_start_again, lost)):
                 for device in lost:
                     self._restarted_at[device] = time.monotonic()
                 return plan, f"{error}. It was started again"
             spares = [d for d in self._nodes.ready_devices() if d not in plan.devices]
-            pools = self._memory_pools([*there, *spares])
+            pools = self._pools_beside_draft([*there, *spares])
             new = nearest_plan(job.model, plan, pools, spares)
         return new, f"{error}: {what_changed(plan, new, lost)}"
 
@@ -410,6 +416,7 @@ class PlanApplication:
             )
             pools = self._memory_pools(job.devices)
             check_memory(needs, pools, model.kv_window)
+            self._check_draft(needs)
             self.memory = tuple(
                 api.DeviceMemory(device=name, weight_bytes=need.weights, cache_bytes=need.cache)
                 for name, need in needs.items()
@@ -417,6 +424,7 @@ class PlanApplication:
         except EngineError as error:
             self._end_job(error)
             return
+        has_room = has_room_for_more(needs, self._pools_beside_draft(job.devices))
         self._epoch += 1
         job.epoch = self._epoch
         load = LoadRequest(
@@ -426,7 +434,7 @@ class PlanApplication:
             dtype=model.dtype,
             kv_window=model.kv_window,
             kv_dtype=model.kv_dtype,
-            kept_positions=model.kv_window if has_room_for_more(needs, pools) else 0,
+            kept_positions=model.kv_window if has_room else 0,
             threads=self._threads_for(job),
             checkpoint_id=model.identity,
             tensors=model.tensors,
@@ -437,7 +445,8 @@ class PlanApplication:
             },
             hashes_path=cache_folder() / "hashes.sqlite",
         )
-        self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint)
+        draft = self._draft_plan(job, has_room)
+        self._scheduler.put_plan(job.request_id, load, tuple(runners), model.checkpoint, draft)
 
     def _memory_pools(self, devices: Sequence[str]) -> dict[str, tuple[str, int]]:
         """The memory each device draws on: its own on a GPU, its computer's on a CPU."""
@@ -450,6 +459,34 @@ class PlanApplication:
             shared = f"{computer} {info.memory_bytes}"
             pools[device] = (shared if is_cpu else device, info.memory_bytes)
         return pools
+
+    def _pools_beside_draft(self, devices: Sequence[str]) -> dict[str, tuple[str, int]]:
+        """The same, less what the draft model takes of this computer's."""
+        pools = self._memory_pools(devices)
+        if self.draft is not None:
+            for device, (pool, size) in pools.items():
+                if self._is_beside_draft(device):
+                    pools[device] = pool, max(0, size - self.draft.model.memory.total)
+        return pools
+
+    def _is_beside_draft(self, device: str) -> bool:
+        return self._is_this_computer(device) and device.endswith("/cpu")
+
+    def _check_draft(self, needs: Mapping[str, ShareMemory]) -> None:
+        """Raises: PlanError: the draft model does not fit beside the plan."""
+        info = self._nodes.info(f"{THIS_NODE}/cpu")
+        if self.draft is not None and info is not None:
+            taken = sum(n.total for device, n in needs.items() if self._is_beside_draft(device))
+            self.draft.model.check_memory(info.memory_bytes, taken)
+
+    def _draft_plan(self, job: _Job, has_room: bool) -> DraftPlan | None:
+        """What the scheduler needs of the draft model, which computes while the others wait."""
+        if self.draft is None:
+            return None
+        info = self._nodes.info(f"{THIS_NODE}/cpu")
+        num_cores = info.num_cores if info is not None else usable_cores()
+        window = self.draft.model.kv_window
+        return self.draft.plan(job.num_threads or num_cores, window if has_room else 0)
 
     def _threads_for(self, job: _Job) -> dict[str, int]:
         """Threads of each runner: as asked, else the cores of its computer shared out."""

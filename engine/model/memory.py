@@ -138,9 +138,9 @@ def check_memory(
                 sum(1 for other in needs if pools[other][0] == pool) > 1
             )
             raise PlanError(
-                f"{device} needs {_gib(need.weights)} for its weights and {_gib(need.cache)} for "
-                f"one conversation of {kv_window:,} positions; of {_gib(size)}{others} that is "
-                f"{_gib(-left[pool])} too much. Give it a smaller share, choose a narrower "
+                f"{device} needs {gibibytes(need.weights)} for its weights and {gibibytes(need.cache)} for "
+                f"one conversation of {kv_window:,} positions; of {gibibytes(size)}{others} that is "
+                f"{gibibytes(-left[pool])} too much. Give it a smaller share, choose a narrower "
                 "--dtype, or lower --kv-window"
             )
 
@@ -155,5 +155,6 @@ def has_room_for_more(
     return all(size >= 0 for size in left.values())
 
 
-def _gib(num_bytes: int) -> str:
+def gibibytes(num_bytes: int) -> str:
+    """Bytes for a person."""
     return f"{num_bytes / 2**30:,.2f} GiB"

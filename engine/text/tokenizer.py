@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.errors import CheckpointError, ConfigError, PromptError
+from engine.errors import CheckpointError, ConfigError, PromptError, one_line
 from engine.text.byte_level import to_bytes
 from engine.text.gguf_vocabulary import read_gguf_vocabulary
 from engine.text.hf_vocabulary import FILE_NAME as HF_NAME
@@ -179,6 +179,30 @@ class Tokenizer:
         if is_start and self.writes_space and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", errors="replace")
+
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The lowest id that does not mean the same in both; None where there is none.
+
+        An embedding may have rows without a token, and one model of a family more than another.
+        """
+        for id in range(max(self.vocab_size, other.vocab_size)):
+            if self._meaning(id) != other._meaning(id):
+                return id
+        return None
+
+    def show(self, id: int) -> str:
+        """A token for a person, such as "' the'"; "missing" for an id without one."""
+        text = self._vocabulary.tokens.get(id)
+        return "missing" if text is None else repr(one_line(text, 40))
+
+    def _meaning(self, id: int) -> tuple[bool, str | bytes | None]:
+        """Whether a token is a control token, and its text or bytes."""
+        text = self._vocabulary.tokens.get(id)
+        if text == f"[PAD{id}]":  # What GGUF converters call a row without a token.
+            text = None
+        if text is None or self.is_control(id):
+            return True, text
+        return False, self.token_bytes(id)
 
     @property
     def writes_space(self) -> bool:

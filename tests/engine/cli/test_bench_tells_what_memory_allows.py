@@ -75,6 +75,20 @@ def test_devices_with_other_kernels_are_told_apart() -> None:
     assert computers(kernels) == "native avx2 kernels on a/cpu, c/cpu and torch kernels on b/cuda0"
 
 
+def test_a_draft_models_gain_is_told_to_persons_and_programs(model: Path) -> None:
+    options = ("--model", str(model), "--draft-model", str(model), *SIZES)
+    done = shardmix("bench", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["draft_model"]
+    assert found["name"] == model.name
+    assert min(found["plain_tps"], found["tps"]) > 0
+    assert found["accepted_tokens"] <= found["drafted_tokens"]
+    done = shardmix("bench", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"a story, with draft model {model.name}" in done.stdout, done.stdout
+    assert "guesses came true" in done.stdout
+
+
 def test_a_share_is_bytes_by_bytes() -> None:
     assert ceiling_share(100_000_000, 150.0, 30e9) == 0.5
 

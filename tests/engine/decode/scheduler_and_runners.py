@@ -109,6 +109,8 @@ class Heard:
 
     def on_step_sent(self) -> None: ...
 
+    def on_draft_lost(self, error: EngineError) -> None: ...
+
 
 class Running:
     """A tiny model on the runners of a plan, under a scheduler."""

@@ -65,7 +65,7 @@ class Stepping:
         shard.cache.check(step.segments)
         pieces = cut_step(step.segments, num_pieces(shard.plan, step.kind, num_tokens))
         batches = [shard.batch(step.kind, piece.segments) for piece in pieces]
-        streams = [x]
+        streams: list[torch.Tensor | None] = [x]
         if len(pieces) > 1 and x is not None:
             streams = [x[p.first_token : p.end_token] for p in pieces]
         elif len(pieces) > 1:
@@ -87,7 +87,9 @@ class Stepping:
         if not heads:
             return []
         started = time.perf_counter_ns()
-        self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
+        # Where one piece is all there is, its last rows may have brought them.
+        if self._last_logits is None or len(pieces) > 1:
+            self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
         answer = self._answer_tensors(step.logits, self._last_logits)
         exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
@@ -179,9 +181,8 @@ class Stepping:
             if exchange.row(row).is_local:
                 # Only after the last row of a stage may something be handed over.
                 alone = end_row if exchange.row(end_row - 1).is_local else end_row - 1
-                x, row = shard.advance(
-                    row, alone if piece.logit_rows else min(alone, last_row), x, batch
-                )
+                end = alone if piece.logit_rows else min(alone, last_row)
+                x, row, self._last_logits = shard.advance(row, end, x, batch, piece.logit_rows)
                 if row > last_row and len(piece.logit_rows) < x.shape[0]:
                     x = x[list(piece.logit_rows)]
                 exchange.counters.compute_ns += time.perf_counter_ns() - started
@@ -227,7 +228,7 @@ def to_tensor(array: m.Array, device: torch.device) -> torch.Tensor:
     """A float32 tensor where the shard computes."""
     # A frame is read-only; torch wants memory of its own.
     writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
-    tensor = torch.from_numpy(writable)
+    tensor = torch.as_tensor(writable)
     return tensor if device.type == "cpu" else tensor.to(device)
 
 

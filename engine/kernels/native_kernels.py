@@ -10,7 +10,7 @@ T tokens of a step, H query heads and K kv heads of the share, D head width.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import addressof, byref, c_int64, pointer, sizeof
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,6 +38,8 @@ _CACHE_DTYPES: dict[CacheDtype, int] = {"float32": 0, "float16": 1, "bfloat16": 
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _ROPE_LAYOUTS: dict[RopeLayout, int] = {"half": 1, "adjacent": 2}
 
+# The arguments of a call that ends before the output head.
+_NO_HEAD = (None, None, 0, None)
 # Weights that one call reads, at most: between calls a long step is reported, and can be given up.
 MOST_RUN_BYTES = 1 << 28
 
@@ -187,14 +189,23 @@ class NativeRows:
         return self._call(row, row + 1, x_TW, batch, is_partial=True)
 
     def advance(
-        self, first_row: int, end_row: int, x_TW: Tensor, batch: NativeBatch
-    ) -> tuple[Tensor, int]:
+        self,
+        first_row: int,
+        end_row: int,
+        x_TW: Tensor,
+        batch: NativeBatch,
+        head: NativeHead | None = None,
+        logit_rows: Sequence[int] = (),
+    ) -> tuple[Tensor, int, Tensor | None]:
         """As many rows one after another as go into one call, at least the first.
 
         Args:
             first_row: one of these rows; nobody else has a share of it, nor of those up to the end.
             x_TW: contiguous float32 [T, width] residual stream on the CPU.
-        Returns: the stream after them, float32 [T, width], and the row that it is the entry of.
+            head: what follows the last row; goes into the call that computes that row.
+            logit_rows: N tokens of the stream whose logits are wanted.
+        Returns: the stream after the rows, float32 [T, width], the row that it is the entry of, and
+            the head's logits, float32 [N, rows of its share], where they were computed.
         Raises: ProtocolError: the stream has another shape, dtype or layout.
         """
         end, num_bytes = first_row, 0
@@ -203,10 +214,22 @@ class NativeRows:
             if end > first_row and num_bytes > MOST_RUN_BYTES:
                 break
             end += 1
-        return self._call(first_row, end, x_TW, batch, is_partial=False), end
+        if head is None or end < end_row or not logit_rows:
+            return self._call(first_row, end, x_TW, batch, is_partial=False), end, None
+        logits = x_TW.new_empty(len(logit_rows), head.num_rows)
+        tokens = array("q", logit_rows)
+        arguments = (head.struct, tokens.buffer_info()[0], len(tokens), logits.data_ptr())
+        stream = self._call(first_row, end, x_TW, batch, *arguments, is_partial=False)
+        return stream, end, logits
 
     def _call(
-        self, first: int, end: int, x_TW: Tensor, batch: NativeBatch, *, is_partial: bool
+        self,
+        first: int,
+        end: int,
+        x_TW: Tensor,
+        batch: NativeBatch,
+        *head: Any,
+        is_partial: bool,
     ) -> Tensor:
         num_tokens = _check_stream(x_TW, self._width)
         if num_tokens != batch.num_tokens:
@@ -227,6 +250,7 @@ class NativeRows:
             x_TW.data_ptr(),
             is_partial,
             output.data_ptr(),
+            *(head or _NO_HEAD),
         )
         check_status(status)
         return output

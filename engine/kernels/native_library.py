@@ -115,6 +115,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rows": (
         *(c_int64, c_void_p, c_int64, c_void_p),
         *(c_int64, c_void_p, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_int64, c_void_p),
     ),
     "head_part": (c_int64, POINTER(HeadStruct), c_void_p, c_int64, c_void_p),
     "largest": (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p),

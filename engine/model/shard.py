@@ -6,7 +6,7 @@ stream after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -128,15 +128,26 @@ class ModelShard:
         assert isinstance(share, MlpShare)
         return mlp_part(x, share, batch.kind, self.config)
 
-    def advance(self, first_row: int, end_row: int, x: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    def advance(
+        self,
+        first_row: int,
+        end_row: int,
+        x: Tensor,
+        batch: Batch,
+        logit_rows: Sequence[int] = (),
+    ) -> tuple[Tensor, int, Tensor | None]:
         """At least the first of rows that this device computes alone, one after another.
 
-        Returns: the residual stream after them, and the row that it is the entry of.
+        Args: logit_rows: tokens that this device also computes its logits of, after the last row.
+        Returns: the residual stream after the rows, the row that it is the entry of, and these
+            logits, where they came with them.
         """
         native = self._native
         if isinstance(batch, NativeBatch) and native is not None and first_row in native:
-            return native.advance(first_row, end_row, x.contiguous(), batch)
-        return self.add(first_row, x, self.part(first_row, x, batch)), first_row + 1
+            head = self._native_head if end_row == self.plan.shape.head_row else None
+            return native.advance(first_row, end_row, x.contiguous(), batch, head, logit_rows)
+        x = self.add(first_row, x, self.part(first_row, x, batch))
+        return x, first_row + 1, None
 
     def add(self, row: int, x: Tensor, total: Tensor) -> Tensor:
         """The residual stream after a row, from the sum of all its parts."""

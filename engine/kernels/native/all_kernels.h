@@ -12,7 +12,8 @@ namespace shardmix {
 template <class Isa>
 static constexpr KernelTable table_of() {
     return {multiply<Isa>, dequantize,   rms_norm<Isa>, quantize<Isa>,
-            gate<Isa>, softcap<Isa>, attend<Isa>, find_above<Isa>, sum_exponentials, read_all<Isa>};
+            gate<Isa>, softcap<Isa>, attend<Isa>, find_above<Isa>,
+            find_maxima<Isa>, sum_exponentials, read_all<Isa>};
 }
 
 }  // namespace shardmix

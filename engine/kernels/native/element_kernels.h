@@ -162,6 +162,19 @@ static int64_t find_above(const float *values, int64_t start, int64_t count, flo
     return i;
 }
 
+template <class Isa>
+static void find_maxima(const float *values, int64_t num_blocks, float *maxima) {
+    constexpr int64_t kBlock = 64;
+    for (int64_t block = 0; block < num_blocks; ++block, values += kBlock) {
+        auto largest = Isa::splat(-INFINITY);
+        for (int64_t i = 0; i < kBlock; i += Isa::kLanes)
+            largest = Isa::maximum(Isa::load(values + i), largest);
+        // x86 keeps the second where the first is no number, others do not.
+        float found = Isa::largest(largest);
+        maxima[block] = found == found ? found : INFINITY;
+    }
+}
+
 // e ** x within 2 ulp, for x at most 0; written so that a compiler makes vectors of it.
 static inline double exponential_of(double x) {
     constexpr double kLog2E = 1.4426950408889634, kLn2High = 0x1.62e42fefap-1,

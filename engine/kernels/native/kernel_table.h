@@ -70,6 +70,8 @@ struct KernelTable {
     void (*attend)(const AttentionUnit &unit);
     // The first index from `start` on whose value is not at most `limit`; `count` where there is none.
     int64_t (*find_above)(const float *values, int64_t start, int64_t count, float limit);
+    // The largest of every 64 values; what is no number is left out, or counts as infinity.
+    void (*find_maxima)(const float *values, int64_t num_blocks, float *maxima);
     // Sum of e ** (value / temperature - largest); no exponent is above 0.
     double (*sum_exponentials)(const float *values, int64_t count, double temperature,
                                double largest);

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <limits>
 
 #include "scratch.h"
@@ -24,6 +24,22 @@ bool comes_before(const Candidate &a, const Candidate &b) {
     return a.index < b.index;
 }
 
+// At least `num_wanted` values are not at most this: so many blocks have one. No number: all are.
+float lower_bound(const float *values, int64_t count, int64_t num_wanted) {
+    constexpr int64_t kBlock = 64;
+    int64_t num_blocks = count / kBlock;
+    // With few blocks more than are wanted, the bound would be no better than none.
+    if (num_blocks < 2 * num_wanted) return std::numeric_limits<float>::quiet_NaN();
+    static thread_local Buffer<float> buffer;
+    float *maxima = buffer.reserve(num_blocks);
+    kernels().find_maxima(values, num_blocks, maxima);
+    std::nth_element(maxima, maxima + num_wanted - 1, maxima + num_blocks, std::greater<float>());
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    if (maxima[num_wanted - 1] == -kInfinity) return std::numeric_limits<float>::quiet_NaN();
+    // Equals of the last one are wanted, too.
+    return std::nextafter(maxima[num_wanted - 1], -kInfinity);
+}
+
 }  // namespace
 }  // namespace shardmix
 
@@ -35,23 +51,12 @@ int64_t shardmix_largest(const float *values, int64_t count, int64_t num_wanted,
         return SHARDMIX_BAD_ARGUMENT;
     return status_of([&] {
         static thread_local Buffer<Candidate> buffer;
-        Candidate *found = buffer.reserve(num_wanted), *end = found + num_wanted;
-        for (int64_t i = 0; i < num_wanted; ++i) found[i] = {values[i], i};
-        // The one that comes last is on top of the heap.
-        std::make_heap(found, end, comes_before);
-        int64_t i = num_wanted;
-        for (;;) {
-            // A later one that equals the last of those found comes after it.
-            i = kernels().find_above(values, i, count, found->value);
-            if (i == count) break;
-            Candidate candidate{values[i], i};
-            ++i;
-            if (!comes_before(candidate, *found)) continue;
-            std::pop_heap(found, end, comes_before);
-            end[-1] = candidate;
-            std::push_heap(found, end, comes_before);
-        }
-        std::sort_heap(found, end, comes_before);
+        Candidate *found = buffer.reserve(count);
+        float limit = lower_bound(values, count, num_wanted);
+        int64_t num_found = 0;
+        for (int64_t i = 0; (i = kernels().find_above(values, i, count, limit)) < count; ++i)
+            found[num_found++] = {values[i], i};
+        std::partial_sort(found, found + num_wanted, found + num_found, comes_before);
         for (int64_t n = 0; n < num_wanted; ++n) {
             indices[n] = found[n].index;
             largest[n] = found[n].value;

@@ -56,7 +56,7 @@ void finish(const Step &step, Phase &phase) {
     });
 }
 
-void compute(const Step &step) {
+void compute(const Step &step, const Head &head) {
     StepMemory &memory = step.memory;
     lay_out_tokens(step.in, memory.tokens.reserve(step.in.num_tokens));
     memory.sums.reserve(step.in.num_tokens * step.width);
@@ -66,7 +66,9 @@ void compute(const Step &step) {
         else
             reserve_mlp(step, *step.rows[row].mlp);
     }
-    int64_t num_phases = step.num_rows * kRowPhases + 1;
+    if (head.share) reserve_head(memory.inputs, head);
+    // One to finish the rows, two for the head.
+    int64_t num_phases = step.num_rows * kRowPhases + 3;
     Phase *phases = memory.phases.reserve(num_phases);
     for (int64_t i = 0; i < num_phases; ++i) new (phases + i) Phase;
     auto work = [&] {
@@ -76,7 +78,8 @@ void compute(const Step &step) {
             else
                 work_mlp(step, row, phases + row * kRowPhases);
         }
-        finish(step, phases[num_phases - 1]);
+        finish(step, phases[num_phases - 3]);
+        if (head.share) work_head(step.team, memory.inputs, head, phases + num_phases - 2);
     };
     run_on(step.team, work);
 }
@@ -87,15 +90,25 @@ void compute(const Step &step) {
 using namespace shardmix;
 
 int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows, const shardmix_step *step,
-                      int64_t width, const float *x, int64_t is_partial, float *out) {
+                      int64_t width, const float *x, int64_t is_partial, float *out,
+                      const shardmix_head_share *head, const int64_t *head_tokens,
+                      int64_t num_head_tokens, float *logits) {
     if (!rows || !step || !x || !out || x == out || num_rows < 1 || width < 1)
         return SHARDMIX_BAD_ARGUMENT;
-    if ((is_partial && num_rows > 1) || !is_valid_step(*step)) return SHARDMIX_BAD_ARGUMENT;
+    if ((is_partial && (num_rows > 1 || head)) || !is_valid_step(*step)) return SHARDMIX_BAD_ARGUMENT;
     for (int64_t row = 0; row < num_rows; ++row)
         if (!is_valid_row(rows[row], *step, width)) return SHARDMIX_BAD_ARGUMENT;
+    if (head) {
+        if (!is_consistent(*head) || head->matrix->num_columns != width || !head_tokens || !logits)
+            return SHARDMIX_BAD_ARGUMENT;
+        if (num_head_tokens < 1) return SHARDMIX_BAD_ARGUMENT;
+        for (int64_t n = 0; n < num_head_tokens; ++n)
+            if (head_tokens[n] < 0 || head_tokens[n] >= step->num_tokens) return SHARDMIX_BAD_ARGUMENT;
+    }
     return status_of([&] {
         static thread_local StepMemory memory;
         compute({*step, rows, num_rows, width, x, out, is_partial != 0, memory,
-                 ThreadTeam::of_process()});
+                 ThreadTeam::of_process()},
+                {head, out, head_tokens, num_head_tokens, logits});
     });
 }

@@ -145,10 +145,14 @@ SHARDMIX_EXPORT int64_t shardmix_multiply(const shardmix_matrix *matrix, const f
                                           int64_t num_tokens, float *out);
 
 // The stream [T, width] after all rows. If `is_partial`, with one row: what this share of it adds to
-// the stream. Keys and values of the tokens are written. `out` is not `x`.
+// the stream. Keys and values of the tokens are written. `out` is not `x`. If `head` is not null, its
+// logits [num_head_tokens, rows] of these tokens of `out`, too; not with a partial sum.
 SHARDMIX_EXPORT int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows,
                                       const shardmix_step *step, int64_t width, const float *x,
-                                      int64_t is_partial, float *out);
+                                      int64_t is_partial, float *out,
+                                      const shardmix_head_share *head, const int64_t *head_tokens,
+                                      int64_t num_head_tokens, float *logits);
+// Logits [T, rows] of the stream x [T, width].
 SHARDMIX_EXPORT int64_t shardmix_head_part(const shardmix_head_share *share, const float *x,
                                            int64_t num_tokens, float *out);
 

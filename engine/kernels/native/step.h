@@ -52,6 +52,19 @@ struct Step {
     const float *enter(int64_t row, int64_t t) const;
 };
 
+// Tokens of a stream, and where their logits go.
+struct Head {
+    const shardmix_head_share *share;  // null: nobody asks
+    const float *stream;               // [T, width]
+    const int64_t *tokens;             // [num_tokens] of the stream; null: all
+    int64_t num_tokens;
+    float *out;                        // [num_tokens, rows]
+};
+
+// Memory that the head needs, and its work on every thread of the team; two phases of its own.
+void reserve_head(TokenMemory &memory, const Head &head);
+void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Phase *phases);
+
 // Phases of a row, at most.
 constexpr int64_t kRowPhases = 8;
 
@@ -65,6 +78,7 @@ void work_mlp(const Step &step, int64_t row, Phase *phases);
 
 bool is_consistent(const shardmix_attention_share &share, const shardmix_step &step);
 bool is_consistent(const shardmix_mlp_share &share);
+bool is_consistent(const shardmix_head_share &share);
 
 // Panels [first, end) of a product, of every token.
 static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,

@@ -111,13 +111,16 @@ Results compute(const Model &model, int64_t variant) {
     shardmix_segment segment{&place, 1, 0, kTokens};
     shardmix_step step{&segment, 1, kTokens, &cos, &sin, 1, nullptr};
     for (size_t n = 0; n < 2; ++n, segment.first_position += kTokens)
-        failed |= shardmix_rows(layer, 2, &step, kWidth, stream, 0, results[n].data());
-    failed |= shardmix_rows(&single, 1, &step, kWidth, stream, 1, results[2].data());
+        failed |= shardmix_rows(layer, 2, &step, kWidth, stream, 0, results[n].data(), nullptr, nullptr, 0,
+                                nullptr);
+    failed |= shardmix_rows(&single, 1, &step, kWidth, stream, 1, results[2].data(), nullptr, nullptr, 0,
+                            nullptr);
     failed |= shardmix_head_part(&head, stream, kTokens, results[3].data());
     std::vector<float> alone(kWidth);
     step.num_tokens = segment.num_tokens = 1;
     for (int64_t t = 0; t < kTokens; ++t) {
-        failed |= shardmix_rows(&single, 1, &step, kWidth, stream + t * kWidth, 1, alone.data());
+        failed |= shardmix_rows(&single, 1, &step, kWidth, stream + t * kWidth, 1, alone.data(),
+                                nullptr, nullptr, 0, nullptr);
         failed |= std::memcmp(alone.data(), &results[2][(size_t)(t * kWidth)], kWidth * 4) != 0;
     }
     if (failed) results.clear();

@@ -21,7 +21,9 @@ from tests.engine.kernels.half_layers import (
     NativeHalf,
     attention_case,
     config_of,
+    head_case,
     mlp_case,
+    native_head,
     random_stream,
 )
 from tests.engine.kernels.native_arithmetic import FORMATS, random_matrix
@@ -128,6 +130,7 @@ def test_rows_in_one_call_give_what_they_give_one_by_one(
     norms = {} if is_exact else {0: torch.rand(64) + 0.5, 3: torch.rand(64) + 0.5}
     caches = [KVCache(config, {0: 2, 1: 2}, WINDOW, "float16", CPU) for _ in range(2)]
     rows = [_join(shares, norms, config, cache) for cache in caches]
+    head = native_head(head_case(config, format, 99), library)
     x = random_stream(config, 700, 1)
     for step in [((0, 0, 650),), ((0, 650, 1), (3, 0, 2)), ((0, 651, 1),), ((0, 652, 3),)]:
         for slot, first, count in step:
@@ -143,12 +146,15 @@ def test_rows_in_one_call_give_what_they_give_one_by_one(
                 total = rms_norm(total, norms[row], config.norm_epsilon)
             expected = expected + total
         library.set_num_threads(3)
-        found, end = rows[1].advance(0, 4, stream, batches[1])
+        wanted = (0, len(stream) - 1)
+        found, end, logits = rows[1].advance(0, 4, stream, batches[1], head, wanted)
         assert end == 4
+        assert logits is not None
+        assert torch.equal(logits, native_kernels.head_part(found[list(wanted)], head))
         tolerance = 0.0 if is_exact else 1e-5 * expected.abs().max()
         assert (found - expected).abs().max() <= tolerance
-        without, end = rows[1].advance(1, 2, stream, batches[1])
-        assert end == 2
+        without, end, logits = rows[1].advance(1, 2, stream, batches[1])
+        assert (end, logits) == (2, None)
         assert torch.equal(without, stream + rows[0].part(1, stream, batches[0]))
 
 

@@ -68,7 +68,7 @@ struct Attention {
 
     void work(Phase *phases) {
         ThreadTeam &team = step.team;
-        team.share(phases[0], num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share_each(phases[0], num_tokens, [&](int64_t t) {
             kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
                                inputs.values(t));
             inputs.prepare(t);
@@ -77,18 +77,18 @@ struct Attention {
         int64_t kv_heads = share.num_kv_heads, units = num_tokens * kv_heads;
         bool is_placed_apart = is_split || has_runs();
         if (is_placed_apart)
-            team.share(phases[2], units, 1,
-                       [&](int64_t n, int64_t) { place(n / kv_heads, n % kv_heads); });
+            team.share_each(phases[2], units,
+                       [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
         if (is_split) {
-            team.share(phases[3], units * max_parts, 1, [&](int64_t n, int64_t) {
+            team.share_each(phases[3], units * max_parts, [&](int64_t n) {
                 int64_t t = n / (max_parts * kv_heads), part = n / kv_heads % max_parts;
                 if (part < num_parts(token(t).position))
                     attend(t, n % kv_heads, part, t * max_parts + part);
             });
-            team.share(phases[4], units, 1,
-                       [&](int64_t n, int64_t) { join(n / kv_heads, n % kv_heads); });
+            team.share_each(phases[4], units,
+                       [&](int64_t n) { join(n / kv_heads, n % kv_heads); });
         } else {
-            team.share(phases[3], units, 1, [&](int64_t n, int64_t) {
+            team.share_each(phases[3], units, [&](int64_t n) {
                 int64_t t = n / kv_heads, kv_head = n % kv_heads;
                 if (!is_placed_apart) place(t, kv_head);
                 for (int64_t part = 0; part < num_parts(token(t).position); ++part) {
@@ -99,7 +99,7 @@ struct Attention {
             });
         }
         if (!has_whole_groups())
-            team.share(phases[5], num_tokens, 1, [&](int64_t t, int64_t) { attended.prepare(t); });
+            team.share_each(phases[5], num_tokens, [&](int64_t t) { attended.prepare(t); });
         share_product(team, phases[6], *share.output, attended, step.sums(row));
     }
 

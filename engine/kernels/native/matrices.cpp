@@ -119,7 +119,7 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
         ThreadTeam &team = ThreadTeam::of_process();
         Phase to_prepare, to_multiply;
         auto work = [&] {
-            team.share(to_prepare, num_tokens, 1, [&](int64_t token, int64_t) {
+            team.share_each(to_prepare, num_tokens, [&](int64_t token) {
                 std::memcpy(tokens.values(token), x + token * matrix->num_columns,
                             (size_t)matrix->num_columns * sizeof(float));
                 tokens.prepare(token);

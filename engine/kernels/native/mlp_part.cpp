@@ -32,7 +32,7 @@ struct MlpRow {
     void work(int64_t row, Phase *phases) const {
         int64_t num_tokens = step.in.num_tokens, num_groups = share.down->num_groups;
         ThreadTeam &team = step.team;
-        team.share(phases[0], num_tokens, 1, [&](int64_t t, int64_t) {
+        team.share_each(phases[0], num_tokens, [&](int64_t t) {
             kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
                                inputs.values(t));
             inputs.prepare(t);
@@ -43,7 +43,7 @@ struct MlpRow {
         } else {
             share_product(team, phases[1], *share.gate_up, inputs, projected);
             int64_t pieces = (num_groups + kGroupsAtATime - 1) / kGroupsAtATime;
-            team.share(phases[2], num_tokens * pieces, 1, [&](int64_t n, int64_t) {
+            team.share_each(phases[2], num_tokens * pieces, [&](int64_t n) {
                 int64_t first = n % pieces * kGroupsAtATime, end = first + kGroupsAtATime;
                 gate(n / pieces, first, end < num_groups ? end : num_groups);
             });

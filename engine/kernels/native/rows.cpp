@@ -48,7 +48,7 @@ void finish(const Step &step, Phase &phase) {
     const shardmix_row &last = step.rows[step.num_rows - 1];
     const float *bias = last.attention ? last.attention->output_bias : nullptr;
     if (step.is_partial && !bias) return;
-    step.team.share(phase, step.in.num_tokens, 1, [&](int64_t t, int64_t) {
+    step.team.share_each(phase, step.in.num_tokens, [&](int64_t t) {
         if (!step.is_partial)
             step.enter(step.num_rows, t);
         else

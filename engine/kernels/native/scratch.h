@@ -95,9 +95,9 @@ class TokenMemory {
     Buffer<int32_t> sums_;
 };
 
-// Panels that a thread takes at a time: few enough that all end together.
+// Panels that a thread takes at a time, at least: few enough that all end together.
 static inline int64_t panels_at_a_time(int64_t num_panels, int64_t num_threads) {
-    int64_t share = num_panels / (num_threads * 8);
+    int64_t share = num_panels / (num_threads * 16);
     return share < 1 ? 1 : share;
 }
 

@@ -55,19 +55,31 @@ class ThreadTeam {
     void run(void (*work)(void *), void *context);
 
     // In `work`: call `piece(first, end)` for pieces of [0, total) until none is left, and return
-    // when all of them are done, whoever did them.
+    // when all of them are done, whoever did them. Pieces begin at multiples of `size`. They are long
+    // at first, because memory is read best in one stretch, and get shorter, so that all end together.
     template <class Piece>
     void share(Phase &phase, int64_t total, int64_t size, Piece piece) {
-        for (;;) {
-            int64_t first = phase.next_.fetch_add(size, std::memory_order_relaxed);
-            if (first >= total) break;
-            int64_t end = first + size < total ? first + size : total;
+        int64_t parts = 2 * num_threads() * size, first = phase.next_.load(std::memory_order_relaxed);
+        while (first < total) {
+            int64_t count = (total - first) / parts * size;
+            if (count < size) count = size;
+            if (count > total - first) count = total - first;
+            int64_t end = first + count;
+            if (!phase.next_.compare_exchange_weak(first, end, std::memory_order_relaxed)) continue;
             piece(first, end);
-            int64_t count = end - first;
             if (phase.num_done_.fetch_add(count) + count == total && !helpers_.empty())
                 meeting_.advance();
+            first = phase.next_.load(std::memory_order_relaxed);
         }
         if (!phase.is_done(total)) wait_for(phase, total);
+    }
+
+    // The same with `unit(n)` for each n in [0, total).
+    template <class Unit>
+    void share_each(Phase &phase, int64_t total, Unit unit) {
+        share(phase, total, 1, [&](int64_t first, int64_t end) {
+            for (int64_t n = first; n < end; ++n) unit(n);
+        });
     }
 
     int64_t num_threads() const { return (int64_t)helpers_.size() + 1; }

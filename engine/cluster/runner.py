@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -322,6 +323,10 @@ class Runner:
                 return
         shard.take(loader.store.packed)
         self._shard, self._loaded = shard, load
+        # What stays until the next load need not be looked through again and again.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         self._send(
             m.Loaded(
                 epoch=load.epoch,

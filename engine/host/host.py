@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 NODES_SECONDS = 1.0
 # While tokens alone wake the main thread, nodes are heard so often.
 TURN_SECONDS = 0.05
-# Telemetry of many nodes goes to the clients together.
-NODES_TOGETHER_SECONDS = 0.1
+# Telemetry of many nodes goes to the clients together, as often as charts are drawn anew.
+NODES_TOGETHER_SECONDS = 0.2
 BUSY_SECONDS = 0.5
 TRUSTED_NODES_FILE = "nodes.json"
 

@@ -150,12 +150,12 @@ class Node:
         """
         assert self.channel is not None
         socket = self.channel.socket
-        try:
-            # Only a frame that is not copied knows where it came from.
-            first = socket.recv(zmq.DONTWAIT, copy=False)
-            parts = [bytes(first.buffer), *(socket.recv_multipart() if first.more else ())]
-        except zmq.Again:
+        # Asked first: an exception takes ten times as long, and every node's turn ends this way.
+        if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
             return None
+        # Only a frame that is not copied knows where it came from.
+        first = socket.recv(zmq.DONTWAIT, copy=False)
+        parts = [bytes(first.buffer), *(socket.recv_multipart() if first.more else ())]
         own_addresses = None
         if self.kind == "remote":
             came_from = first.get("Peer-Address")

@@ -315,6 +315,11 @@ class Coordinator:
             self.abort()
             raise
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan is in force: some errors end it, others only a step."""
+        return self._request is not None
+
     def abort(self) -> None:
         """Give the plan up; runners that wait for a lost one wake."""
         if self._request is not None:

@@ -502,6 +502,8 @@ class Scheduler:
             except WorkerLost:
                 raise
             except EngineError as error:
+                if not self._coordinator.has_plan:
+                    raise  # Not the request's fault: a device broke the rules.
                 self._fail(work.sequence, error)
 
     def _fail(self, sequence: Sequence, error: EngineError) -> None:

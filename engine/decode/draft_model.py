@@ -102,6 +102,7 @@ class DraftModel:
         self._should_end = should_end
         self._on_lost = on_lost
         self._on_step_sent = on_step_sent
+        self._big_vocab_size = 0
         self._plan: DraftPlan | None = None
         self._epoch = 0
         self._forget()
@@ -196,6 +197,7 @@ class DraftModel:
         # What is computed again after a fault is not waited for.
         if self._plan is None or any(work.count > 1 for work in works):
             return 0.0
+        self._big_vocab_size = vocab_size
         started = time.perf_counter()
         try:
             wishes, is_try = self._wishes(works, big)
@@ -247,7 +249,8 @@ class DraftModel:
             return False
         assert self._plan is not None
         vocab_size = self._plan.load.config.vocab_size
-        if any(i >= vocab_size for i in sequence.ids[self._num_held(sequence) :]):
+        lacks_rows = vocab_size < self._big_vocab_size
+        if lacks_rows and any(i >= vocab_size for i in sequence.ids[self._num_held(sequence) :]):
             return False
         if not work.guess.ids:
             return True
@@ -270,7 +273,8 @@ class DraftModel:
         return (
             behind <= MOST_BEHIND
             or self._rule.is_worth_reading(behind, gain_seconds, num_left)
-            or self._rule.may_try
+            # How long reading takes is not known before something was read.
+            or (self._rule.read_seconds(1) is None and self._rule.may_try)
         )
 
     def _wish(self, work: Work, length: int) -> _Wish:

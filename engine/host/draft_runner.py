@@ -71,6 +71,11 @@ class DraftRunner:
         """Whether it listens, or never will."""
         return self._address is not None or self._is_lost
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether there are no guesses of it any more; its process has ended, or will now."""
+        return self._is_lost
+
     def plan(self, num_threads: int, kept_positions: int) -> DraftPlan | None:
         """What the scheduler needs of it; None where it is lost.
 
@@ -111,21 +116,23 @@ class DraftRunner:
     # ---- in threads --------------------------------------------------------------------------
 
     def _start(self) -> None:
-        settings = runner_settings(
-            new_local_endpoint(), "tcp://127.0.0.1:*", "zmq", "", 0, is_host_here=True
-        )
-        greeting = Greeting(self._keys.public.decode("ascii"), settings)
         try:
+            settings = runner_settings(
+                new_local_endpoint(), "tcp://127.0.0.1:*", "zmq", "", 0, is_host_here=True
+            )
+            greeting = Greeting(self._keys.public.decode("ascii"), settings)
             with self._lock:
                 if self._is_over:
                     return
                 child = self._child = start_runner(DRAFT_DEVICE, greeting, self._exited)
             address = child.address(START_SECONDS)
-        except OSError as error:
-            cause = f"its process cannot be started: {error.strerror}"
-            self._call_soon(lambda: self.lose(cause))
         except WorkerLost as error:
             cause = str(error)
+            self._call_soon(lambda: self.lose(cause))
+        except Exception as error:
+            # Whatever it is: plans wait until this has an end.
+            logger.exception("while starting the draft model's process")
+            cause = f"its process cannot be started: {getattr(error, 'strerror', None) or error}"
             self._call_soon(lambda: self.lose(cause))
         else:
             self._call_soon(lambda: self._take(address))

@@ -204,7 +204,11 @@ class PlanApplication:
         job = self._job
         if job is None or job.is_loading or time.monotonic() < job.start_by:
             return
-        device = next((d for d in job.devices if self._nodes.runner(d) is None), job.devices[0])
+        device = next((d for d in job.devices if self._nodes.runner(d) is None), None)
+        if device is None:
+            if self.draft is not None:
+                self.draft.lose(f"it said nothing for {START_SECONDS:.0f} s")
+            return
         lost = WorkerLost(f"{device} said nothing of its runner for {START_SECONDS:.0f} s")
         lost.device = device
         self._lost_at_start(lost)
@@ -332,7 +336,15 @@ class PlanApplication:
                 return plan, f"{error}. It was started again"
             spares = [d for d in self._nodes.ready_devices() if d not in plan.devices]
             pools = self._pools_beside_draft([*there, *spares])
-            new = nearest_plan(job.model, plan, pools, spares)
+            try:
+                new = nearest_plan(job.model, plan, pools, spares)
+            except PlanError:
+                draft = self._living_draft
+                if draft is None:
+                    raise
+                # An answer is worth more than guesses at it.
+                new = nearest_plan(job.model, plan, self._memory_pools([*there, *spares]), spares)
+                draft.lose("the plan that goes on needs its memory")
         return new, f"{error}: {what_changed(plan, new, lost)}"
 
     def _is_there(self, device: str) -> bool:
@@ -460,13 +472,19 @@ class PlanApplication:
             pools[device] = (shared if is_cpu else device, info.memory_bytes)
         return pools
 
+    @property
+    def _living_draft(self) -> DraftRunner | None:
+        """The draft model, unless it is lost and takes nothing any more."""
+        return None if self.draft is None or self.draft.is_lost else self.draft
+
     def _pools_beside_draft(self, devices: Sequence[str]) -> dict[str, tuple[str, int]]:
         """The same, less what the draft model takes of this computer's."""
         pools = self._memory_pools(devices)
-        if self.draft is not None:
+        draft = self._living_draft
+        if draft is not None:
             for device, (pool, size) in pools.items():
                 if self._is_beside_draft(device):
-                    pools[device] = pool, max(0, size - self.draft.model.memory.total)
+                    pools[device] = pool, max(0, size - draft.model.memory.total)
         return pools
 
     def _is_beside_draft(self, device: str) -> bool:
@@ -475,18 +493,20 @@ class PlanApplication:
     def _check_draft(self, needs: Mapping[str, ShareMemory]) -> None:
         """Raises: PlanError: the draft model does not fit beside the plan."""
         info = self._nodes.info(f"{THIS_NODE}/cpu")
-        if self.draft is not None and info is not None:
+        draft = self._living_draft
+        if draft is not None and info is not None:
             taken = sum(n.total for device, n in needs.items() if self._is_beside_draft(device))
-            self.draft.model.check_memory(info.memory_bytes, taken)
+            draft.model.check_memory(info.memory_bytes, taken)
 
     def _draft_plan(self, job: _Job, has_room: bool) -> DraftPlan | None:
         """What the scheduler needs of the draft model, which computes while the others wait."""
-        if self.draft is None:
+        draft = self._living_draft
+        if draft is None:
             return None
         info = self._nodes.info(f"{THIS_NODE}/cpu")
         num_cores = info.num_cores if info is not None else usable_cores()
-        window = self.draft.model.kv_window
-        return self.draft.plan(job.num_threads or num_cores, window if has_room else 0)
+        window = draft.model.kv_window
+        return draft.plan(job.num_threads or num_cores, window if has_room else 0)
 
     def _threads_for(self, job: _Job) -> dict[str, int]:
         """Threads of each runner: as asked, else the cores of its computer shared out."""

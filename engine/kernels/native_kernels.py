@@ -31,7 +31,7 @@ from engine.kernels.native_library import (
 from engine.kernels.native_matrices import NativeMatrix, check_tensor
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, MlpShare
 from engine.model.config import NO_ROPE, Activation, CacheDtype, ModelConfig, RopeLayout
-from engine.model.kv_cache import PLACE_NUMBERS, KVCache
+from engine.model.kv_cache import CACHE_DTYPES, PLACE_NUMBERS, KVCache
 from engine.model.view import View
 
 _CACHE_DTYPES: dict[CacheDtype, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -40,7 +40,7 @@ _ROPE_LAYOUTS: dict[RopeLayout, int] = {"half": 1, "adjacent": 2}
 
 # The arguments of a call that ends before the output head.
 _NO_HEAD = (None, None, 0, None)
-# Weights that one call reads, at most: between calls a long step is reported, and can be given up.
+# What one call reads, at most: between calls a long step is reported, and can be given up.
 MOST_RUN_BYTES = 1 << 28
 # Tokens whose products take about as long as reading the weights once more.
 TOKENS_A_READING = 8
@@ -53,6 +53,8 @@ class NativeRow:
     Attributes:
         attention, mlp: the struct of the half that it is.
         layer: whose cache it writes, for attention.
+        cached_bytes: that it reads for each position of a conversation; 0 without attention.
+        reach: positions back that it sees, at most.
         held: what the structs point to.
     """
 
@@ -62,7 +64,14 @@ class NativeRow:
     layer: int | None
     width: int
     weight_bytes: int
+    cached_bytes: int
+    reach: int
     held: tuple[object, ...]
+
+    def read_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
+        """What a step reads. Args: times: that the weights are read. ends: as of a batch."""
+        num_positions = sum([min(end, self.reach) for _, end in ends]) if self.cached_bytes else 0
+        return times * self.weight_bytes + num_positions * self.cached_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +223,7 @@ class NativeRows:
         times_read = max(1, x_TW.shape[0] // TOKENS_A_READING)
         end, num_bytes = first_row, 0
         while end < end_row and end in self._rows:
-            num_bytes += times_read * self._rows[end].weight_bytes
+            num_bytes += self._rows[end].read_bytes(times_read, batch.ends)
             if end > first_row and num_bytes > MOST_RUN_BYTES:
                 break
             end += 1
@@ -359,7 +368,18 @@ def _prepare_attention(
     )
     weight_bytes = qkv.num_bytes + output.num_bytes
     held = (share, heads_array)
-    return NativeRow(qkv.library, struct, None, share.layer, config.width, weight_bytes, held)
+    cached_bytes = 2 * share.num_kv_heads * width * CACHE_DTYPES[cache.dtype].itemsize
+    return NativeRow(
+        library=qkv.library,
+        attention=struct,
+        mlp=None,
+        layer=share.layer,
+        width=config.width,
+        weight_bytes=weight_bytes,
+        cached_bytes=cached_bytes,
+        reach=view.reach,
+        held=held,
+    )
 
 
 def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
@@ -379,7 +399,17 @@ def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
         norm_epsilon=config.norm_epsilon,
     )
     weight_bytes = gate_up.num_bytes + down.num_bytes
-    return NativeRow(gate_up.library, None, struct, None, config.width, weight_bytes, (share,))
+    return NativeRow(
+        library=gate_up.library,
+        attention=None,
+        mlp=struct,
+        layer=None,
+        width=config.width,
+        weight_bytes=weight_bytes,
+        cached_bytes=0,
+        reach=0,
+        held=(share,),
+    )
 
 
 def _prepare_head(share: HeadShare, config: ModelConfig) -> NativeHead | None:

@@ -1,8 +1,7 @@
 """Weight matrices packed for the native kernels, on the CPU.
 
 In: a matrix of `engine.kernels.matrices`. Out: one that holds the same weights, to the bit, in the
-order in which the kernels read them. Prompts multiply through torch, a few rows at a time, where the
-machine has units for bfloat16.
+order in which the kernels read them. Prompts multiply through torch, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ class NativeMatrix:
         return self._num_bytes
 
     def multiply(self, x_TK: Tensor, kind: StepKind) -> Tensor:
-        """x @ W.T; prompts in torch, a few dequantised rows at a time, where that is faster.
+        """x @ W.T; prompts in torch, a few dequantised rows at a time.
 
         Raises: ProtocolError: x is not float32 [T, K] on the CPU.
         """
@@ -107,9 +106,7 @@ class NativeMatrix:
         output = x.new_empty(x.shape[0], rows)
         if not x.shape[0]:
             return output
-        # In float32 torch takes longer than integer products do, whatever the batch.
-        is_native = self.format_code != BFLOAT16 and not has_bfloat16_units("cpu")
-        if kind == "generated" or is_native:
+        if kind == "generated":
             status = self.library.multiply(self.struct, x.data_ptr(), x.shape[0], output.data_ptr())
             check_status(status)
             return output

@@ -25,9 +25,7 @@ struct MlpRow {
           projected(step.memory.projected.data()) {}
 
     // Whether panels of the gate and of up, and groups of `down`, have the same columns.
-    bool is_aligned() const {
-        return share.down->num_columns % kGroup == 0 && begin_groups(*share.down, kGroup);
-    }
+    bool is_aligned() const { return share.down->block % kGroup == 0; }
 
     void work(int64_t row, Phase *phases) const {
         int64_t num_tokens = step.in.num_tokens, num_groups = share.down->num_groups;

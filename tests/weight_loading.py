@@ -177,7 +177,7 @@ class RunnerProcesses:
             operations=(),
             logits=m.LogitsWanted(form="full", raw_sums=(False,) * len(ids)),
         )
-        answers = self._coordinator.step(step, checkpoint.embed(ids), lambda: False)
+        answers = self._coordinator.step(step, checkpoint.embed(ids), lambda: False, lambda: None)
         return np.concatenate([a.tensors[0] for a in answers if a.tensors], axis=1)
 
 

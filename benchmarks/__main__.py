@@ -12,6 +12,7 @@ SCRIPTS = (
     "plot.py",
     "quality.py",
     "products.py",
+    "native_steps.py",
     "reaction.py",
     "speculation.py",
     "exchange.py",

@@ -138,9 +138,9 @@ def check_memory(
                 sum(1 for other in needs if pools[other][0] == pool) > 1
             )
             raise PlanError(
-                f"{device} needs {gibibytes(need.weights)} for its weights and {gibibytes(need.cache)} for "
-                f"one conversation of {kv_window:,} positions; of {gibibytes(size)}{others} that is "
-                f"{gibibytes(-left[pool])} too much. Give it a smaller share, choose a narrower "
+                f"{device} needs {gibibytes(need.weights)} for its weights and "
+                f"{gibibytes(need.cache)} for one conversation of {kv_window:,} positions; of "
+                f"{gibibytes(size)}{others} that is {gibibytes(-left[pool])} too much. Give it a smaller share, choose a narrower "
                 "--dtype, or lower --kv-window"
             )
 

@@ -1,7 +1,7 @@
 """The one binary form that messages and their tensors travel in.
 
-In: a message and numpy arrays. Out: a msgpack header frame, then one raw frame per tensor; and
-back. The header states each tensor's dtype and shape, and the receiver checks them against what it
+In: a message and numpy arrays. Out: a msgpack header frame, then one raw frame per tensor, or one
+for all where they are small; and back. The header states each tensor's dtype and shape, and the receiver checks them against what it
 expects (`messages.expect_tensor`) before it uses a byte. It opens no socket, and what a message
 means is not known here.
 """
@@ -30,6 +30,10 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
+# Tensors that are smaller together share a frame: each one costs both ends as much as some kilobytes.
+MAX_JOINED_BYTES = 16 << 10
+# What each of them begins at a multiple of.
+ALIGNMENT = 8
 # By the dtype itself: numpy takes longer to name one than to send a small tensor.
 _WIRE_NAMES: dict[np.dtype[Any], WireDtype] = {
     np.dtype(kind): cast(WireDtype, name) for name, kind in NUMPY_TYPES.items()
@@ -37,7 +41,7 @@ _WIRE_NAMES: dict[np.dtype[Any], WireDtype] = {
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Dtype and shape of one raw frame."""
+    """Dtype and shape of a raw tensor."""
 
     dtype: WireDtype
     shape: tuple[int, ...]
@@ -73,7 +77,7 @@ class Codec(Generic[M]):
         }
 
     def encode(self, message: Message, tensors: Sequence[Array] = ()) -> list[Any]:
-        """Header frame, then one buffer per tensor.
+        """Header frame, then one buffer per tensor, or one for all of several small ones.
 
         Args:
             tensors: C-contiguous arrays of a dtype in NUMPY_TYPES; uint16 means bfloat16.
@@ -95,6 +99,8 @@ class Codec(Generic[M]):
                 f"the request is {len(header):,} bytes, at most {MAX_HEADER_BYTES:,} are taken. "
                 "Shorten it"
             )
+        if len(tensors) > 1 and sum([a.nbytes for a in tensors]) <= MAX_JOINED_BYTES:
+            return [header, _join(tensors)]
         return [header, *tensors]
 
     def decode(self, frames: Sequence[Any]) -> tuple[M, list[Array]]:
@@ -122,6 +128,8 @@ class Codec(Generic[M]):
             ) from error
         if version != PROTOCOL_VERSION:
             self._refuse_other_version(header)
+        if len(frames) == 2 and 1 < len(specs) <= MAX_TENSORS:
+            return message, _read_joined(specs, frames[1])
         if len(specs) != len(frames) - 1 or len(specs) > MAX_TENSORS:
             raise ProtocolError(
                 f"{type(message).__name__} announces {len(specs)} tensors and brings "
@@ -160,6 +168,35 @@ class Codec(Generic[M]):
                 f"the peer speaks protocol version {version}, this end {PROTOCOL_VERSION}: "
                 "install the same version of shardmix on both"
             )
+
+
+def _join(tensors: Sequence[Array]) -> bytes:
+    """Tensors one after another, each at a multiple of ALIGNMENT bytes."""
+    return b"".join([a.tobytes().ljust(_aligned(a.nbytes), b"\0") for a in tensors])
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _read_joined(specs: Sequence[TensorSpec], frame: Any) -> list[Array]:
+    """View the arrays of a frame that `_join` made.
+
+    Raises: ProtocolError: the frame's size is not what the specs say.
+    """
+    sizes = [spec.num_bytes for spec in specs]
+    needed = sum([_aligned(size) for size in sizes])
+    view = memoryview(frame)
+    if min(sizes) < 0 or view.nbytes != needed:
+        raise ProtocolError(
+            f"{len(specs)} tensors in one part need {needed:,} bytes, it has {view.nbytes:,}"
+        )
+    tensors: list[Array] = []
+    start = 0
+    for spec, size in zip(specs, sizes, strict=True):
+        tensors.append(read_tensor(spec, view[start : start + size]))
+        start += _aligned(size)
+    return tensors
 
 
 def read_tensor(spec: TensorSpec, frame: Any) -> Array:

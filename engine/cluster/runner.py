@@ -492,6 +492,8 @@ class Runner:
         )
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)
+        with torch.inference_mode():
+            stepping.prepare_next()
 
     def _changed_figures(self, links: PeerLinks) -> tuple[m.LinkFigures, ...]:
         now = time.monotonic()

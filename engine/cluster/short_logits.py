@@ -56,12 +56,13 @@ def short_form(logits_NV: Tensor, wanted: LogitsWanted, first_id: int) -> list[A
             log_sums[n] = log_sum_exp(row, temperature)
         if wanted.raw_sums[n]:
             raw_sums[n] = log_sum_exp(logits_NV[n], 1.0)
-    asked = [logits_NV[n, own_ids] for n, own_ids in enumerate(own) if own_ids]
-    asked_values = torch.cat(asked) if asked else logits_NV.new_empty(0)
+    asked = [
+        logits_NV[n, own_ids].float().cpu().numpy() for n, own_ids in enumerate(own) if own_ids
+    ]
     return [
-        (ids + first_id).cpu().numpy(),
-        values.float().cpu().numpy(),
+        ids.numpy() + first_id,
+        values.numpy(),
         log_sums,
         raw_sums,
-        asked_values.float().cpu().numpy(),
+        np.concatenate(asked) if asked else np.zeros(0, dtype=np.float32),
     ]

@@ -46,14 +46,20 @@ class Stepping:
         self._device = device
         self._between_rows = between_rows
         self._last_logits: torch.Tensor | None = None
+        self._last_batch: Batch | None = None
         self._stages = stages(shard.plan, exchange.device_index)
+        # What every step asks of the plan.
+        plan, index = shard.plan, exchange.device_index
+        self._head_row = plan.shape.head_row
+        self._has_first, self._has_head = (index in plan.group(n) for n in (0, self._head_row))
+        self._first_id, self._end_id = plan.unit_range(self._head_row, index)
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
         """The tensors of a StepAnswer.
 
         Raises: ProtocolError: the step breaks a rule.
         """
-        self._last_logits = None
+        self._last_logits = self._last_batch = None
         if not step.segments:
             return []
         shard, exchange = self.shard, self.exchange
@@ -77,12 +83,12 @@ class Stepping:
                 stream = streams[n]
                 assert stream is not None
                 streams[n] = self._work(first_row, end_row, n, piece, stream, batches[n])
-        head_row = shard.plan.shape.head_row
-        if exchange.device_index not in shard.plan.group(head_row):
+        self._last_batch = batches[-1]
+        if not self._has_head:
             return []
-        self._enter(head_row, pieces)
+        self._enter(self._head_row, pieces)
         for n, piece in enumerate(pieces):
-            self._receive(head_row, n, piece, streams)
+            self._receive(self._head_row, n, piece, streams)
         heads = [stream for stream in streams if stream is not None]
         if not heads:
             return []
@@ -93,6 +99,11 @@ class Stepping:
         answer = self._answer_tensors(step.logits, self._last_logits)
         exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
+
+    def prepare_next(self) -> None:
+        """After an answer: get ready for the tokens that follow those of the last step."""
+        if self._last_batch is not None:
+            self.shard.prepare_next(self._last_batch)
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
         """Free slots, cut them back, and copy their beginnings, before a step computes.
@@ -120,10 +131,7 @@ class Stepping:
 
     def _check_answer(self, num_logits: int) -> None:
         """Refuse logits that no answer could carry, before they are computed."""
-        first, end = self.shard.plan.unit_range(
-            self.shard.plan.shape.head_row, self.exchange.device_index
-        )
-        num_bytes = num_logits * (end - first) * 4
+        num_bytes = num_logits * (self._end_id - self._first_id) * 4
         if num_bytes > m.MAX_LOGITS_BYTES:
             raise ProtocolError(
                 f"logits of {num_logits:,} positions are {num_bytes:,} bytes, at most "
@@ -132,7 +140,7 @@ class Stepping:
 
     def _embeddings(self, tensors: list[m.Array], num_tokens: int) -> torch.Tensor | None:
         """The input of the first row, for a device that has a share of it."""
-        if self.exchange.device_index not in self.shard.plan.group(0):
+        if not self._has_first:
             return None
         if len(tensors) != 1:
             raise ProtocolError("a step for the first row needs its input embeddings")
@@ -159,7 +167,7 @@ class Stepping:
 
     def _num_crossing(self, row: int, piece: Piece) -> int:
         """Tokens of a piece that go on after a row: past the last layer only some are wanted."""
-        if row == self.shard.plan.shape.head_row - 1:
+        if row == self._head_row - 1:
             return len(piece.logit_rows)
         return piece.end_token - piece.first_token
 
@@ -171,7 +179,7 @@ class Stepping:
         Returns: the stream after the last row where nothing is sent there; None without tokens.
         """
         shard, exchange = self.shard, self.exchange
-        last_row = shard.plan.shape.head_row - 1
+        last_row = self._head_row - 1
         row = first_row
         while row < end_row:
             self._between_rows(row, batch.kind)
@@ -201,9 +209,7 @@ class Stepping:
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
         if wanted.form == "full":
             return [logits_NV.float().cpu().numpy()]
-        plan = self.shard.plan
-        first, _end = plan.unit_range(plan.shape.head_row, self.exchange.device_index)
-        return short_form(logits_NV, wanted, first)
+        return short_form(logits_NV, wanted, self._first_id)
 
 
 def stages(plan: Plan, device_index: int) -> list[tuple[int, int]]:

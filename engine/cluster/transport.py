@@ -44,27 +44,41 @@ class Received(NamedTuple, Generic[M]):
     Attributes:
         tensors: read-only views.
         route: on a ROUTER, the way back.
-        peer_key: on a ROUTER, the public key (Z85) that the gatekeeper let in.
+        origin: on a ROUTER, the frame that knows where it came from.
     """
 
     message: M
     tensors: list[Array]
     route: bytes
-    peer_key: bytes = b""
+    origin: zmq.Frame | None = None
+
+    @property
+    def peer_key(self) -> bytes:
+        """On a ROUTER, the public key (Z85) that the gatekeeper let in."""
+        return _peer_key(self.origin)
 
 
 class Frames(NamedTuple):
     """A message that nobody has read yet.
 
     Attributes:
-        route, peer_key: as in `Received`.
-        peer_address: on a ROUTER, where it came from, for a log.
+        route, origin: as in `Received`.
     """
 
     parts: list[bytes]
-    route: bytes
-    peer_key: bytes
-    peer_address: str
+    route: bytes = b""
+    origin: zmq.Frame | None = None
+
+    @property
+    def peer_key(self) -> bytes:
+        """As of `Received`."""
+        return _peer_key(self.origin)
+
+    @property
+    def peer_address(self) -> str:
+        """On a ROUTER, where it came from, without the port; "" over a local endpoint."""
+        address = self.origin.get("Peer-Address") if self.origin is not None else None
+        return address if isinstance(address, str) else ""
 
 
 def new_local_endpoint() -> str:
@@ -271,16 +285,10 @@ def address_that_reaches(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _peer_key(frame: zmq.Frame) -> bytes:
+def _peer_key(frame: zmq.Frame | None) -> bytes:
     """The key that the gatekeeper let in, which came with a frame."""
-    user_id = frame.get("User-Id")
+    user_id = frame.get("User-Id") if frame is not None else None
     return user_id.encode("ascii") if isinstance(user_id, str) else b""
-
-
-def _peer_address(frame: zmq.Frame) -> str:
-    """Where a frame came from, without the port; "" over a local endpoint."""
-    address = frame.get("Peer-Address")
-    return address if isinstance(address, str) else ""
 
 
 class Channel(Generic[M]):
@@ -304,7 +312,7 @@ class Channel(Generic[M]):
         """
         frames = self._codec.encode(message, tensors)
         # Small frames are cheaper to copy than to track.
-        size = len(frames[0]) + sum(a.nbytes for a in tensors)
+        size = sum([memoryview(frame).nbytes for frame in frames])
         parts = [route, *frames] if self._is_router else frames
         copies, last = size < 65536, len(parts) - 1
         try:
@@ -331,17 +339,15 @@ class Channel(Generic[M]):
         """What came within `timeout_ms`, unread, for who must know from whom it came anyway."""
         if timeout_ms != 0 and not self.socket.poll(timeout_ms):
             return None
-        route = peer_key = b""
-        peer_address = ""
         try:
-            if self._is_router:
-                first = self.socket.recv(zmq.DONTWAIT, copy=False)
-                route, peer_key = bytes(first.buffer), _peer_key(first)
-                peer_address = _peer_address(first)
+            if not self._is_router:
+                return Frames(self.socket.recv_multipart(zmq.DONTWAIT))
+            # Only a frame that is not copied knows where it came from.
+            origin = self.socket.recv(zmq.DONTWAIT, copy=False)
             parts = self.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return None
-        return Frames(parts, route, peer_key, peer_address)
+        return Frames(parts, bytes(origin.buffer), origin)
 
     def decode(self, frames: Frames) -> Received[M]:
         """Read what `receive_frames` gave.
@@ -349,7 +355,7 @@ class Channel(Generic[M]):
         Raises: ProtocolError, PeerRefused: as `receive`.
         """
         message, tensors = self._codec.decode(frames.parts)
-        return Received(message, tensors, frames.route, frames.peer_key)
+        return Received(message, tensors, frames.route, frames.origin)
 
     def close(self) -> None:
         """Close the socket; what was not sent is dropped."""

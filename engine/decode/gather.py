@@ -5,7 +5,9 @@ In: the answers of all devices and the plan. Out: candidates for the sampler, or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import lt
 
 import numpy as np
 
@@ -81,33 +83,43 @@ def _shards(
     m.expect_tensor(log_sums, "float64", (num_positions,), what)
     m.expect_tensor(raw_sums, "float64", (num_positions,), what)
     m.expect_tensor(asked_values, "float32", (sum(len(o) for o in own),), what)
-    if ids.size and not (first <= int(ids.min()) and int(ids.max()) < end):
-        raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
-    if (values[:, :-1] < values[:, 1:]).any():  # False of what is no number.
-        raise ProtocolError(f"{what}: the largest do not come first")
-    _check_sums(what, values, log_sums, raw_sums)
+    asked_logits = asked_values.tolist()
     shards: list[ShardLogits] = []
     at = 0
-    for position, own_ids in enumerate(own):
+    # Lists: for so few numbers an operation of numpy takes longer than a look at each.
+    positions = zip(
+        ids.tolist(), values.tolist(), log_sums.tolist(), raw_sums.tolist(), strict=True
+    )
+    for own_ids, (top_ids, logits, *sums) in zip(own, positions, strict=True):
+        _check_position(what, top_ids, logits, sums, first, end)
         stop = at + len(own_ids)
-        if len(set(ids[position].tolist())) < width:
-            raise ProtocolError(f"{what}: an id comes twice")
         shards.append(
             ShardLogits(
-                ids[position],
-                values[position],
-                dict(zip(own_ids, asked_values[at:stop].tolist(), strict=True)),
-                float(log_sums[position]),
+                top_ids,
+                logits,
+                dict(zip(own_ids, asked_logits[at:stop], strict=True)),
+                sums[0],
                 width == end - first,
-                float(raw_sums[position]),
+                sums[1],
             )
         )
         at = stop
     return shards
 
 
-def _check_sums(what: str, values: m.Array, *sums: m.Array) -> None:
-    """A sum may be no number only where a logit is none, as damaged weights make them."""
-    is_sound = np.isfinite(values).all(axis=1)
-    if any(np.isnan(array[is_sound]).any() for array in sums):
+def _check_position(
+    what: str, ids: list[int], logits: list[float], sums: list[float], first: int, end: int
+) -> None:
+    """Check what a device says of one position of its vocabulary rows [first, end).
+
+    Raises: ProtocolError: it contradicts itself, or the rows.
+    """
+    if ids and not (first <= min(ids) and max(ids) < end):
+        raise ProtocolError(f"{what}: an id lies outside {first} to {end - 1}")
+    if len(set(ids)) < len(ids):
+        raise ProtocolError(f"{what}: an id comes twice")
+    if any(map(lt, logits, logits[1:])):  # False of what is no number.
+        raise ProtocolError(f"{what}: the largest do not come first")
+    # A sum may be no number only where a logit is none, as damaged weights make them.
+    if any(map(math.isnan, sums)) and all(map(math.isfinite, logits)):
         raise ProtocolError(f"{what}: a log-sum-exp is not a number, though the logits are")

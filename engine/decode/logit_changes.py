@@ -64,6 +64,11 @@ class LogitChanges:
         return changed
 
 
+NO_CHANGES = LogitChanges(
+    np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0, dtype=np.bool_), 1.0, np.zeros(0)
+)
+
+
 def logit_changes(
     settings: SamplingSettings, ids: Sequence[int], num_prompt: int, forbidden: Collection[int] = ()
 ) -> LogitChanges:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +63,8 @@ class ShardLogits:
         raw_log_sum: over the whole shard at temperature 1; 0 where nobody asked.
     """
 
-    ids: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    ids: Sequence[int]
+    logits: Sequence[float]
     asked: Mapping[int, float]
     log_sum: float
     is_whole: bool
@@ -76,17 +76,21 @@ def merge_shards(shards: Collection[ShardLogits]) -> Candidates:
     logits: dict[int, float] = {}
     floor = -math.inf
     for shard in shards:
-        logits.update(zip(shard.ids.tolist(), shard.logits.tolist(), strict=True))
+        logits.update(zip(shard.ids, shard.logits, strict=True))
         logits.update(shard.asked)
         if not shard.is_whole:
-            floor = max(floor, float(shard.logits[-1]))
+            floor = max(floor, shard.logits[-1])
     return Candidates(
         np.fromiter(logits.keys(), dtype=np.int64, count=len(logits)),
         np.fromiter(logits.values(), dtype=np.float64, count=len(logits)),
         floor,
-        float(np.logaddexp.reduce([shard.log_sum for shard in shards])),
-        float(np.logaddexp.reduce([shard.raw_log_sum for shard in shards])),
+        _log_of_sum([shard.log_sum for shard in shards]),
+        _log_of_sum([shard.raw_log_sum for shard in shards]),
     )
+
+
+def _log_of_sum(logs: Sequence[float]) -> float:
+    return logs[0] if len(logs) == 1 else float(np.logaddexp.reduce(logs))
 
 
 def all_candidates(logits_V: NDArray[np.float32]) -> Candidates:
@@ -118,6 +122,8 @@ def choose(
     if not np.isfinite(candidates.logits).all():
         return None
     changed = changes.apply(candidates.ids, candidates.logits)
+    if settings.temperature == 0:
+        return _likeliest(candidates, changed)
     order = np.lexsort((candidates.ids, -changed))
     ordered = changed[order]
     # Down to here the order is the whole vocabulary's; a tie with the floor is not known.
@@ -126,8 +132,6 @@ def choose(
         num_known = ordered.size
     if not num_known or ordered[0] == -math.inf:
         return None
-    if settings.temperature == 0:
-        return int(candidates.ids[order[0]])
     if settings.top_k > num_known and not candidates.is_all:
         return None
     with np.errstate(over="ignore"):  # A tiny temperature leaves nothing but the likeliest token.
@@ -143,6 +147,15 @@ def choose(
     outside = (candidates.floor - float(ordered[0])) / settings.temperature
     index = _draw(_Ordered(scaled, is_whole, outside, total, margin), settings, noise)
     return None if index is None else int(candidates.ids[order[index]])
+
+
+def _likeliest(candidates: Candidates, changed: NDArray[np.float64]) -> int | None:
+    """The token with the largest changed logit, of equals the first; None as of `choose`."""
+    largest = changed.max(initial=-math.inf)
+    # A tie with the floor is not known.
+    if largest == -math.inf or not (candidates.is_all or largest > candidates.floor):
+        return None
+    return int(candidates.ids[changed == largest].min())
 
 
 def token_logprobs(candidates: Candidates, token_id: int, num_top: int) -> TokenLogprobs | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from engine.decode.drafting import MAX_DRAFT, Draft, Drafter, PromptLookup
 from engine.decode.image_rows import ImageRows
-from engine.decode.logit_changes import LogitChanges, logit_changes
+from engine.decode.logit_changes import NO_CHANGES, LogitChanges, logit_changes
 from engine.decode.sampling import Candidates, choose, token_logprobs, uniform
 from engine.decode.speculation import Acceptance
 from engine.decode.stopping import IdStopMatcher, StopMatcher
@@ -182,6 +182,8 @@ class Sequence:
         Args:
             guessed: tokens that come before it, if the guess comes true.
         """
+        if not self.most_changes(len(guessed)):
+            return NO_CHANGES
         is_too_short = self.num_generated + len(guessed) < self.min_tokens
         forbidden = self.eos_ids | self.stop_ids if is_too_short else frozenset[int]()
         return logit_changes(self.settings, [*self.ids, *guessed], self.num_prompt, forbidden)

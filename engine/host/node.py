@@ -162,7 +162,7 @@ class Node:
             own_addresses = [host_of(self.dialled)]
             if isinstance(came_from, str) and came_from:
                 own_addresses.append(came_from)
-        received = self.channel.decode(Frames(parts, b"", b"", ""))
+        received = self.channel.decode(Frames(parts))
         return checked(received.message, own_addresses)
 
     def disconnect(self, linger_ms: int = 0) -> None:

@@ -75,6 +75,24 @@ class NativeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows that follow each other.
+
+    Attributes:
+        layers: whose caches they write.
+        cached_bytes: that they read for each position of a conversation, whatever their reach.
+    """
+
+    layers: tuple[int, ...]
+    weight_bytes: int
+    cached_bytes: int
+
+    def most_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
+        """What a step reads at most. Args: as of `NativeRow.read_bytes`."""
+        return times * self.weight_bytes + sum([end for _, end in ends]) * self.cached_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NativeHead:
     """A share's rows of the output head, ready to be called."""
 
@@ -95,12 +113,14 @@ class NativeBatch(Batch):
     Attributes:
         num_tokens: T.
         ends: slot, and the position after its last token, for each segment.
+        places: where each slot's layers lie.
         address: of a `shardmix_step`; valid as long as this object, and as the slots live.
         held: what lies there, and what that points to.
     """
 
     num_tokens: int
     ends: tuple[tuple[int, int], ...]
+    places: tuple[array[int], ...]
     address: int
     held: tuple[object, ...]
 
@@ -137,6 +157,8 @@ class NativeRows:
                 norm_epsilon=config.norm_epsilon,
             )
         self._post_norms = dict(post_norms)
+        # Steps have the same rows again and again, and to look at each takes longer than to compute.
+        self._runs: dict[tuple[int, int], _Run] = {}
 
     def __contains__(self, row: int) -> bool:
         """Whether native kernels compute a row."""
@@ -154,7 +176,7 @@ class NativeRows:
             (_address("angles", cos, shape), _address("angles", sin, shape))
             for cos, sin in batch.ropes
         ]
-        places = [self._cache.places(s.slot) for s in segments]
+        places = tuple([self._cache.places(s.slot) for s in segments])
         scale = batch.query_scale
         # As arrays, whose making costs a third of that of ctypes structures: every field of the
         # header's structs is 8 bytes wide.
@@ -186,9 +208,15 @@ class NativeRows:
             query_scale=scale,
             num_tokens=num_tokens,
             ends=tuple([(s.slot, s.first_position + s.token_count) for s in segments]),
+            places=places,
             address=step.buffer_info()[0],
-            held=(step, segment_fields, tables, places),
+            held=(step, segment_fields, tables),
         )
+
+    def is_current(self, batch: NativeBatch) -> bool:
+        """Whether the slots of a batch still have the memory that it points to."""
+        held = zip(batch.segments, batch.places, strict=True)
+        return all(self._cache.places(segment.slot) is places for segment, places in held)
 
     def part(self, row: int, x_TW: Tensor, batch: NativeBatch) -> Tensor:
         """Norm, and one half of a layer.
@@ -222,6 +250,9 @@ class NativeRows:
         # With many tokens, as after a fault, arithmetic takes the time and not reading.
         times_read = max(1, x_TW.shape[0] // TOKENS_A_READING)
         end, num_bytes = first_row, 0
+        whole = self._run(first_row, end_row)
+        if whole is not None and whole.most_bytes(times_read, batch.ends) <= MOST_RUN_BYTES:
+            end = end_row
         while end < end_row and end in self._rows:
             num_bytes += self._rows[end].read_bytes(times_read, batch.ends)
             if end > first_row and num_bytes > MOST_RUN_BYTES:
@@ -234,6 +265,19 @@ class NativeRows:
         arguments = (head.struct, tokens.buffer_info()[0], len(tokens), logits.data_ptr())
         stream = self._call(first_row, end, x_TW, batch, *arguments, is_partial=False)
         return stream, end, logits
+
+    def _run(self, first: int, end: int) -> _Run | None:
+        """The rows [first, end); None where native kernels do not compute all of them."""
+        if (first, end) not in self._runs:
+            if any(n not in self._rows for n in range(first, end)):
+                return None
+            rows = [self._rows[n] for n in range(first, end)]
+            self._runs[first, end] = _Run(
+                layers=tuple([row.layer for row in rows if row.layer is not None]),
+                weight_bytes=sum(row.weight_bytes for row in rows),
+                cached_bytes=sum(row.cached_bytes for row in rows),
+            )
+        return self._runs[first, end]
 
     def _call(
         self,
@@ -250,10 +294,10 @@ class NativeRows:
                 f"segments of {batch.num_tokens:,} tokens came with a stream of {num_tokens:,}, as "
                 "many are needed. Send the step again"
             )
-        rows = [self._rows[n] for n in range(first, end)]
-        layers = tuple([row.layer for row in rows if row.layer is not None])
-        for slot, end_position in batch.ends if layers else ():
-            self._cache.reserve(slot, layers, end_position)
+        run = self._run(first, end)
+        assert run is not None
+        for slot, end_position in batch.ends if run.layers else ():
+            self._cache.reserve(slot, run.layers, end_position)
         output = torch.empty_like(x_TW)
         status = self._library.rows(
             addressof(self._structs) + first * sizeof(RowStruct),

@@ -18,15 +18,15 @@ def largest(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         logits_NV: float32.
         count: at least 1, at most V.
-    Returns: values float32 [N, count], and their indices int64 [N, count].
+    Returns: values float32 [N, count], and their indices int64 [N, count], on the CPU.
     """
     library = _library_for(logits_NV)
     if library is None:
         values, indices = torch.topk(logits_NV, count, dim=-1)
-        return values, indices
+        return values.float().cpu(), indices.cpu()
     logits = logits_NV.contiguous()
     num_rows, width = logits.shape
-    values = logits.new_empty(num_rows, count)
+    values = torch.empty(num_rows, count)
     indices = torch.empty(num_rows, count, dtype=torch.int64)
     for n in range(num_rows):
         status = library.largest(

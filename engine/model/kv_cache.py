@@ -204,6 +204,8 @@ class KVCache:
         self._places: dict[int, _Places] = {}
         # Positions up to which a slot takes no more memory than it has.
         self._room: dict[int, int] = {}
+        # None: to be counted again.
+        self._num_bytes: int | None = None
 
     def check(self, segments: Sequence[Segment]) -> None:
         """Whether a step's segments follow what is there, and there is memory for them.
@@ -272,6 +274,7 @@ class KVCache:
 
     def layer(self, slot: int, layer: int) -> LayerCache:
         """The cache of one layer of a slot, made at first use."""
+        self._num_bytes = None  # It may grow.
         layers = self._layers.setdefault(slot, {})
         if layer not in layers:
             layers[layer] = LayerCache(
@@ -342,6 +345,7 @@ class KVCache:
         self.free(target)
         if len(self._lengths) >= MAX_SLOTS:
             raise ProtocolError(f"slot {target} is one too many, at most {MAX_SLOTS:,} are kept")
+        self._num_bytes = None
         layers = self._layers.get(source, {})
         needed = sum(layer.copied_bytes(length, written) for layer in layers.values())
         free = free_bytes(self._device)
@@ -361,6 +365,7 @@ class KVCache:
 
     def free(self, slot: int) -> None:
         """Drop a slot and its memory; an unknown slot is already free."""
+        self._num_bytes = None
         self._lengths.pop(slot, None)
         self._written.pop(slot, None)
         self._room.pop(slot, None)
@@ -370,7 +375,10 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Memory held by all slots."""
-        return sum(c.num_bytes for layers in self._layers.values() for c in layers.values())
+        if self._num_bytes is None:
+            held = [c.num_bytes for layers in self._layers.values() for c in layers.values()]
+            self._num_bytes = sum(held)
+        return self._num_bytes
 
 
 def _room(num_positions: int) -> int:

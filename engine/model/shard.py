@@ -61,6 +61,8 @@ class ModelShard:
         self._native: NativeRows | None = None
         self._native_head: NativeHead | None = None
         self._post_norms: dict[int, Tensor] = {}
+        # Of a step that has not been asked for yet.
+        self._prepared: NativeBatch | None = None
         heads = kv_heads_of(plan, device_index)
         self.cache = KVCache(config, heads, kv_window, kv_dtype, device)
 
@@ -112,6 +114,30 @@ class ModelShard:
         """
         for segment in segments:
             self.cache.extend(segment.slot, segment.first_position, segment.token_count)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and kind == "generated" and prepared.segments == segments:
+            assert self._native is not None
+            if self._native.is_current(prepared):
+                return prepared
+        return self._make_batch(kind, segments)
+
+    def prepare_next(self, batch: Batch) -> None:
+        """After a step of one token for each slot: get ready for one with the tokens that follow."""
+        if not isinstance(batch, NativeBatch) or batch.num_tokens > len(batch.segments):
+            return
+        following = [
+            Segment(
+                slot=s.slot,
+                first_position=s.first_position + 1,
+                token_count=1,
+                logit_offsets=s.logit_offsets,
+            )
+            for s in batch.segments
+        ]
+        prepared = self._make_batch(batch.kind, tuple(following))
+        self._prepared = prepared if isinstance(prepared, NativeBatch) else None
+
+    def _make_batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         batch = make_batch(kind, segments, self._ropes, self.config, self._device)
         if kind == "generated" and self._native is not None:
             return self._native.batch(batch)

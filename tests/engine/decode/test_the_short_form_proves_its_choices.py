@@ -55,8 +55,8 @@ def shards_of(
         scaled[[i - first for i in asked if first <= i < end]] = -np.inf
         shards.append(
             ShardLogits(
-                order.astype(np.int64) + first,
-                part[order],
+                (order + first).tolist(),
+                part[order].tolist(),
                 {i: float(logits[i]) for i in asked if first <= i < end},
                 float(np.logaddexp.reduce(scaled)),
                 len(order) == end - first,

@@ -73,7 +73,8 @@ struct Attention {
                                inputs.values(t));
             inputs.prepare(t);
         });
-        share_product(team, phases[1], *share.qkv, inputs, projected);
+        share_product(team, phases[1], *share.qkv, inputs, projected,
+                      first_weights(*share.output, team));
         int64_t kv_heads = share.num_kv_heads, units = num_tokens * kv_heads;
         bool is_placed_apart = is_split || has_runs();
         if (is_placed_apart)
@@ -100,7 +101,8 @@ struct Attention {
         }
         if (!has_whole_groups())
             team.share_each(phases[5], num_tokens, [&](int64_t t) { attended.prepare(t); });
-        share_product(team, phases[6], *share.output, attended, step.sums(row));
+        share_product(team, phases[6], *share.output, attended, step.sums(row),
+                      step.first_weights(row + 1));
     }
 
     // Bias, norm and rotation of a KV head and its query heads; its keys and values go into the cache.

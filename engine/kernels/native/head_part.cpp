@@ -20,8 +20,9 @@ void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Ph
         inputs.prepare(n);
     });
     team.share(phases[1], panels, panels_at_a_time(panels, team.num_threads()),
-               [&](int64_t first, int64_t end) {
-                   multiply_panels(matrix, inputs, first, end, head.out);
+               [&](int64_t first, int64_t end, int64_t next) {
+                   multiply_panels(matrix, inputs, first, end, head.out,
+                                   next == ThreadTeam::kNothing ? nullptr : panel_at(matrix, next));
                    if (share.softcap == 0.0) return;
                    int64_t row = first * kPanelRows, end_row = end * kPanelRows;
                    if (end_row > matrix.num_rows) end_row = matrix.num_rows;

@@ -55,8 +55,9 @@ struct AttentionUnit {
 
 struct KernelTable {
     // out [T, N] of the rows in panels [first, end).
+    // `next`: weights that this thread reads afterwards; null if that is not known.
     void (*multiply)(const shardmix_matrix &matrix, const Activations &activations,
-                     int64_t first_panel, int64_t end_panel, float *out);
+                     int64_t first_panel, int64_t end_panel, float *out, const char *next);
     // Rows [first, end) as [rows, K]; `first_row` begins a panel.
     void (*dequantize)(const shardmix_matrix &matrix, int64_t first_row, int64_t end_row,
                        bool is_bfloat16, void *out);

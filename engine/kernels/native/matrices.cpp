@@ -3,9 +3,8 @@
 #include <chrono>
 #include <cstring>
 
-#include "scratch.h"
 #include "short_floats.h"
-#include "thread_team.h"
+#include "step.h"
 
 namespace shardmix {
 
@@ -82,7 +81,7 @@ int64_t shardmix_pack(const shardmix_matrix *matrix, const void *quants, const u
     ThreadTeam &team = ThreadTeam::of_process();
     Phase phase;
     auto work = [&] {
-        team.share(phase, num_panels(target), 8, [&](int64_t first, int64_t end) {
+        team.share(phase, num_panels(target), 8, [&](int64_t first, int64_t end, int64_t) {
             for (int64_t p = first; p < end; ++p)
                 pack_panel(target, source, p, (char *)panels + p * panel_bytes(target));
         });
@@ -100,7 +99,7 @@ int64_t shardmix_dequantize(const shardmix_matrix *matrix, int64_t first_row, in
     ThreadTeam &team = ThreadTeam::of_process();
     Phase phase;
     auto work = [&] {
-        team.share(phase, end_row - first_row, kPanelRows, [&](int64_t first, int64_t end) {
+        team.share(phase, end_row - first_row, kPanelRows, [&](int64_t first, int64_t end, int64_t) {
             kernels().dequantize(*matrix, first_row + first, first_row + end, is_bfloat16 != 0,
                                  (char *)out + first * row_bytes);
         });
@@ -124,11 +123,7 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
                             (size_t)matrix->num_columns * sizeof(float));
                 tokens.prepare(token);
             });
-            team.share(to_multiply, num_panels(*matrix),
-                       panels_at_a_time(num_panels(*matrix), team.num_threads()),
-                       [&](int64_t first, int64_t end) {
-                           kernels().multiply(*matrix, tokens.view(), first, end, out);
-                       });
+            share_product(team, to_multiply, *matrix, tokens, out, nullptr);
         };
         run_on(team, work);
     });
@@ -147,7 +142,7 @@ double shardmix_measure_read_bandwidth(int64_t num_bytes, int64_t num_passes) {
     for (int64_t pass = 0; pass < num_passes; ++pass) {
         Phase phase;
         auto work = [&] {
-            team.share(phase, num_bytes, kPiece, [&](int64_t first, int64_t end) {
+            team.share(phase, num_bytes, kPiece, [&](int64_t first, int64_t end, int64_t) {
                 total += kernels().read(memory + first, end - first);
             });
         };

@@ -10,6 +10,9 @@ constexpr int64_t kUnitPanels = kGroup / kPanelRows;
 // Groups whose activation a thread computes at a time, where it is computed afterwards.
 constexpr int64_t kGroupsAtATime = 8;
 
+// Whether panels of the gate and of up, and groups of `down`, have the same columns.
+bool is_aligned(const shardmix_mlp_share &share) { return share.down->block % kGroup == 0; }
+
 struct MlpRow {
     const Step &step;
     const shardmix_mlp_share &share;
@@ -24,8 +27,6 @@ struct MlpRow {
           gated(step.memory.middle.view(*share.down, step.in.num_tokens)),
           projected(step.memory.projected.data()) {}
 
-    // Whether panels of the gate and of up, and groups of `down`, have the same columns.
-    bool is_aligned() const { return share.down->block % kGroup == 0; }
 
     void work(int64_t row, Phase *phases) const {
         int64_t num_tokens = step.in.num_tokens, num_groups = share.down->num_groups;
@@ -35,25 +36,33 @@ struct MlpRow {
                                inputs.values(t));
             inputs.prepare(t);
         });
-        if (is_aligned()) {
+        if (is_aligned(share)) {
             team.share(phases[1], num_groups, panels_at_a_time(num_groups, team.num_threads()),
-                       [&](int64_t first, int64_t end) { project_and_gate(first, end); });
+                       [&](int64_t first, int64_t end, int64_t next) {
+                           project_and_gate(first, end, next);
+                       });
         } else {
-            share_product(team, phases[1], *share.gate_up, inputs, projected);
+            share_product(team, phases[1], *share.gate_up, inputs, projected,
+                          first_weights(*share.down, team));
             int64_t pieces = (num_groups + kGroupsAtATime - 1) / kGroupsAtATime;
             team.share_each(phases[2], num_tokens * pieces, [&](int64_t n) {
                 int64_t first = n % pieces * kGroupsAtATime, end = first + kGroupsAtATime;
                 gate(n / pieces, first, end < num_groups ? end : num_groups);
             });
         }
-        share_product(team, phases[3], *share.down, gated, step.sums(row));
+        share_product(team, phases[3], *share.down, gated, step.sums(row),
+                      step.first_weights(row + 1));
     }
 
-    void project_and_gate(int64_t first, int64_t end) const {
+    void project_and_gate(int64_t first, int64_t end, int64_t next) const {
+        const shardmix_matrix &gate_up = *share.gate_up;
         int64_t up = share.down->num_columns / kPanelRows;
         int64_t first_panel = first * kUnitPanels, end_panel = end * kUnitPanels;
-        multiply_panels(*share.gate_up, inputs, first_panel, end_panel, projected);
-        multiply_panels(*share.gate_up, inputs, up + first_panel, up + end_panel, projected);
+        multiply_panels(gate_up, inputs, first_panel, end_panel, projected,
+                        panel_at(gate_up, up + first_panel));
+        multiply_panels(gate_up, inputs, up + first_panel, up + end_panel, projected,
+                        next == ThreadTeam::kNothing ? first_weights(*share.down, step.team)
+                                                     : panel_at(gate_up, next * kUnitPanels));
         for (int64_t t = 0; t < step.in.num_tokens; ++t) gate(t, first, end);
     }
 
@@ -83,6 +92,13 @@ void reserve_mlp(const Step &step, const shardmix_mlp_share &share) {
 
 void work_mlp(const Step &step, int64_t row, Phase *phases) {
     MlpRow(step, *step.rows[row].mlp).work(row, phases);
+}
+
+const char *first_weights(const shardmix_mlp_share &share, const ThreadTeam &team) {
+    if (!is_aligned(share)) return first_weights(*share.gate_up, team);
+    int64_t groups = share.down->num_groups;
+    int64_t first = team.first_unit(groups, panels_at_a_time(groups, team.num_threads()));
+    return panel_at(*share.gate_up, first * kUnitPanels);
 }
 
 bool is_consistent(const shardmix_mlp_share &share) {

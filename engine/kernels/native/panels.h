@@ -45,6 +45,10 @@ static inline int64_t panel_bytes(const shardmix_matrix &matrix) {
     return matrix.num_columns * (int64_t)sizeof(BFloat16Column);
 }
 
+static inline const char *panel_at(const shardmix_matrix &matrix, int64_t panel) {
+    return (const char *)matrix.panels + panel * panel_bytes(matrix);
+}
+
 // Groups of a block of columns.
 static inline int64_t groups_of_block(int64_t block) { return (block + kGroup - 1) / kGroup; }
 

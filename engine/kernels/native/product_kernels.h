@@ -13,8 +13,17 @@
 
 namespace shardmix {
 
-// Groups that are fetched ahead: a core's own prefetcher stops at the border of a page.
-constexpr int64_t kGroupsAhead = 8;
+// What is fetched ahead: a core's own prefetcher stops at the border of a page, and knows nothing of
+// what comes after a stretch.
+constexpr int64_t kBytesAhead = 2560;
+
+// What is to be fetched at group g of a panel, after which `next` is read.
+template <class Group>
+static inline const char *ahead_of(const Group *groups, int64_t g, int64_t num_groups,
+                                   const char *next) {
+    int64_t ahead = g + kBytesAhead / (int64_t)sizeof(Group), past = ahead - num_groups;
+    return past < 0 ? (const char *)(groups + ahead) : next + past * (int64_t)sizeof(Group);
+}
 
 template <class Isa, int TOKENS, int VECTORS>
 struct Tile {
@@ -46,13 +55,14 @@ struct Tile {
 template <class Isa>
 struct Int4Product {
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
-                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
+                           const Activations &x, int64_t token, int64_t lane,
+                           Tile<Isa, TOKENS, VECTORS> &tile) {
         const Int4Group *groups = (const Int4Group *)panel;
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
             const Int4Group &group = groups[g];
-            Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int4Group));
+            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Int4Group));
             int64_t at = g * x.num_tokens + token;
             const int8_t *quants = x.quants + at * kGroup;
             const float *scales_T = x.scales + at;
@@ -78,13 +88,14 @@ struct Int4Product {
 template <class Isa>
 struct Int8Product {
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
-                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
+                           const Activations &x, int64_t token, int64_t lane,
+                           Tile<Isa, TOKENS, VECTORS> &tile) {
         const Int8Group *groups = (const Int8Group *)panel;
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
             const Int8Group &group = groups[g];
-            Isa::prefetch((const char *)(&group + kGroupsAhead), sizeof(Int8Group));
+            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Int8Group));
             int64_t at = g * x.num_tokens + token;
             const int8_t *quants = x.quants + at * kGroup;
             const float *scales_T = x.scales + at;
@@ -110,8 +121,9 @@ struct BFloat16Product {
     static constexpr int kChains = 2;
 
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const Activations &x,
-                           int64_t token, int64_t lane, Tile<Isa, TOKENS, VECTORS> &tile) {
+    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
+                           const Activations &x, int64_t token, int64_t lane,
+                           Tile<Isa, TOKENS, VECTORS> &tile) {
         const BFloat16Column *columns = (const BFloat16Column *)panel;
         int64_t num_columns = matrix.num_columns;
         const float *values = x.values + token * num_columns;
@@ -119,7 +131,7 @@ struct BFloat16Product {
         for (int chain = 0; chain < kChains; ++chain) chains[chain].clear();
         int64_t whole = num_columns / kChains * kChains;
         for (int64_t k = 0; k < whole; k += kChains) {
-            Isa::prefetch((const char *)(columns + k + 64), kChains * sizeof(BFloat16Column));
+            Isa::prefetch(ahead_of(columns, k, num_columns, next), kChains * sizeof(BFloat16Column));
             for (int chain = 0; chain < kChains; ++chain)
                 add_column(columns[k + chain], values + k + chain, num_columns, lane, chains[chain]);
         }
@@ -143,12 +155,12 @@ struct BFloat16Product {
 };
 
 template <class Isa, class Product, int TOKENS, int VECTORS>
-static inline void multiply_tile(const shardmix_matrix &matrix, const char *panel,
+static inline void multiply_tile(const shardmix_matrix &matrix, const char *panel, const char *next,
                                  const Activations &x, int64_t token, int64_t first_row, float *out) {
     for (int64_t lane = 0; lane < kPanelRows; lane += VECTORS * Isa::kLanes) {
         Tile<Isa, TOKENS, VECTORS> tile;
         tile.clear();
-        Product::template add<TOKENS, VECTORS>(matrix, panel, x, token, lane, tile);
+        Product::template add<TOKENS, VECTORS>(matrix, panel, next, x, token, lane, tile);
         tile.store(out, matrix.num_rows, token, first_row + lane);
     }
 }
@@ -157,29 +169,33 @@ static inline void multiply_tile(const shardmix_matrix &matrix, const char *pane
 // one alone takes the panel's whole width, so that memory is read in order.
 template <class Isa, class Product, int TOKENS>
 static void multiply_panels(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
-                            int64_t end_panel, float *out) {
+                            int64_t end_panel, float *out, const char *after) {
     constexpr int kWhole = kPanelRows / Isa::kLanes;
     for (int64_t p = first_panel; p < end_panel; ++p) {
         const char *panel = (const char *)matrix.panels + p * panel_bytes(matrix);
+        const char *next = p + 1 < end_panel || !after ? panel + panel_bytes(matrix) : after;
         int64_t token = 0, row = p * kPanelRows;
         for (; token + TOKENS <= x.num_tokens; token += TOKENS)
-            multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, x, token, row, out);
+            multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, next, x, token, row, out);
         for (; TOKENS > 2 && token + 2 <= x.num_tokens; token += 2)
-            multiply_tile<Isa, Product, 2, 1>(matrix, panel, x, token, row, out);
+            multiply_tile<Isa, Product, 2, 1>(matrix, panel, next, x, token, row, out);
         for (; token < x.num_tokens; ++token)
-            multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, x, token, row, out);
+            multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, next, x, token, row, out);
     }
 }
 
 template <class Isa>
 static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
-                     int64_t end_panel, float *out) {
+                     int64_t end_panel, float *out, const char *after) {
     if (matrix.format == SHARDMIX_INT4)
-        multiply_panels<Isa, Int4Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+        multiply_panels<Isa, Int4Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out,
+                                                             after);
     else if (matrix.format == SHARDMIX_INT8)
-        multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+        multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out,
+                                                             after);
     else
-        multiply_panels<Isa, BFloat16Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out);
+        multiply_panels<Isa, BFloat16Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel,
+                                                                 out, after);
 }
 
 static inline void write_float(float *out, float value) { *out = value; }

@@ -18,6 +18,13 @@ const float *Step::enter(int64_t row, int64_t t) const {
     return after;
 }
 
+const char *Step::first_weights(int64_t row) const {
+    if (row >= num_rows) return head ? shardmix::first_weights(*head, team) : nullptr;
+    const shardmix_attention_share *attention = rows[row].attention;
+    return attention ? shardmix::first_weights(*attention->qkv, team)
+                     : shardmix::first_weights(*rows[row].mlp, team);
+}
+
 namespace {
 
 bool is_valid_row(const shardmix_row &row, const shardmix_step &step, int64_t width) {
@@ -108,7 +115,7 @@ int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows, const shardmix
     return status_of([&] {
         static thread_local StepMemory memory;
         compute({*step, rows, num_rows, width, x, out, is_partial != 0, memory,
-                 ThreadTeam::of_process()},
+                 ThreadTeam::of_process(), head ? head->matrix : nullptr},
                 {head, out, head_tokens, num_head_tokens, logits});
     });
 }

@@ -42,11 +42,15 @@ struct Step {
     bool is_partial;    // the latter
     StepMemory &memory;
     ThreadTeam &team;
+    const shardmix_matrix *head;  // what is read after the rows; null: not known
 
     // Where the products of a row's last matrix go.
     float *sums(int64_t row) const {
         return is_partial && row + 1 == num_rows ? out : memory.sums.data();
     }
+
+    // Weights that this thread reads first for a row, or behind the last one; null: not known.
+    const char *first_weights(int64_t row) const;
 
     // Add what the row before gives, if there is one: the stream of token t at the entry of `row`.
     const float *enter(int64_t row, int64_t t) const;
@@ -76,20 +80,33 @@ void reserve_mlp(const Step &step, const shardmix_mlp_share &share);
 void work_attention(const Step &step, int64_t row, Phase *phases);
 void work_mlp(const Step &step, int64_t row, Phase *phases);
 
+// As `Step::first_weights`.
+const char *first_weights(const shardmix_mlp_share &share, const ThreadTeam &team);
+
 bool is_consistent(const shardmix_attention_share &share, const shardmix_step &step);
 bool is_consistent(const shardmix_mlp_share &share);
 bool is_consistent(const shardmix_head_share &share);
 
-// Panels [first, end) of a product, of every token.
+// Panels [first, end) of a product, of every token; this thread reads `next` afterwards.
 static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,
-                                   int64_t first, int64_t end, float *out) {
-    kernels().multiply(matrix, tokens.view(), first, end, out);
+                                   int64_t first, int64_t end, float *out, const char *next) {
+    kernels().multiply(matrix, tokens.view(), first, end, out, next);
 }
 
+// A product whose panels the threads share; each reads `after` when there are none left.
 static inline void share_product(ThreadTeam &team, Phase &phase, const shardmix_matrix &matrix,
-                                 const PreparedTokens &tokens, float *out) {
+                                 const PreparedTokens &tokens, float *out, const char *after) {
     team.share(phase, num_panels(matrix), panels_at_a_time(num_panels(matrix), team.num_threads()),
-               [&](int64_t first, int64_t end) { multiply_panels(matrix, tokens, first, end, out); });
+               [&](int64_t first, int64_t end, int64_t next) {
+                   multiply_panels(matrix, tokens, first, end, out,
+                                   next == ThreadTeam::kNothing ? after : panel_at(matrix, next));
+               });
+}
+
+// What this thread reads first in `share_product`.
+static inline const char *first_weights(const shardmix_matrix &matrix, const ThreadTeam &team) {
+    int64_t panels = num_panels(matrix);
+    return panel_at(matrix, team.first_unit(panels, panels_at_a_time(panels, team.num_threads())));
 }
 
 }  // namespace shardmix

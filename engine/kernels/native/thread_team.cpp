@@ -30,6 +30,7 @@ void pause_briefly() {
 }
 
 std::atomic<ThreadTeam *> current_team{nullptr};
+thread_local int64_t rank_here = 0;
 
 // Signals belong to the threads that Python knows.
 class SignalsBlocked {
@@ -105,14 +106,19 @@ void ThreadTeam::set_size(int64_t num_threads) {
     SignalsBlocked blocked;
     uint32_t turn = start_.turn();
     try {
-        while (this->num_threads() < num_threads)
-            helpers_.emplace_back([this, turn] { help(turn); });
+        while (this->num_threads() < num_threads) {
+            int64_t rank = this->num_threads();
+            helpers_.emplace_back([this, turn, rank] { help(turn, rank); });
+        }
     } catch (const std::system_error &) {
         // The system gives no more threads: compute with those there are.
     }
 }
 
-void ThreadTeam::help(uint32_t turn) {
+int64_t ThreadTeam::rank() { return rank_here; }
+
+void ThreadTeam::help(uint32_t turn, int64_t rank) {
+    rank_here = rank;
     for (;;) {
         start_.wait_past(turn, may_spin_);
         if (is_ending_) return;

@@ -30,14 +30,22 @@ class Turnstile {
     std::condition_variable advanced_;
 };
 
-// Pieces of one phase of the work: who is free takes the next one.
+// Units [first, end) of a phase.
+struct Stretch {
+    int64_t first = 0;
+    int64_t end = 0;
+    bool is_empty() const { return first >= end; }
+};
+
+// One phase of the work, and what of it was taken.
 class Phase {
    public:
     bool is_done(int64_t total) const { return num_done_.load(std::memory_order_acquire) >= total; }
 
    private:
     friend class ThreadTeam;
-    std::atomic<int64_t> next_{0};
+    std::atomic<uint64_t> firsts_{0};  // Bit n: the first stretch of thread n was taken.
+    std::atomic<int64_t> next_{0};     // Of what lies behind the first stretches.
     std::atomic<int64_t> num_done_{0};
 };
 
@@ -54,38 +62,91 @@ class ThreadTeam {
     // waited for: on a busy computer the others would stand still with it.
     void run(void (*work)(void *), void *context);
 
-    // In `work`: call `piece(first, end)` for pieces of [0, total) until none is left, and return
-    // when all of them are done, whoever did them. Pieces begin at multiples of `size`. They are long
-    // at first, because memory is read best in one stretch, and get shorter, so that all end together.
+    // In `work`: call `piece(first, end, next)` for pieces of [0, total) until none is left, and
+    // return when all of them are done, whoever did them. Pieces begin at multiples of `size`; `next`
+    // is where this thread's next one does, or kNothing. Each thread has a long first piece of its
+    // own, because memory is read best in one stretch that is known beforehand; then pieces get
+    // shorter, so that all end together. The first piece of a thread that does not come is left for
+    // the others.
     template <class Piece>
     void share(Phase &phase, int64_t total, int64_t size, Piece piece) {
-        int64_t parts = 2 * num_threads() * size, first = phase.next_.load(std::memory_order_relaxed);
-        while (first < total) {
-            int64_t count = (total - first) / parts * size;
-            if (count < size) count = size;
-            if (count > total - first) count = total - first;
-            int64_t end = first + count;
-            if (!phase.next_.compare_exchange_weak(first, end, std::memory_order_relaxed)) continue;
-            piece(first, end);
+        Stretch now = take_first(phase, total, size, rank());
+        if (now.is_empty()) now = take_next(phase, total, size);
+        if (now.is_empty()) now = take_left(phase, total, size);
+        while (!now.is_empty()) {
+            Stretch next = take_next(phase, total, size);
+            piece(now.first, now.end, next.is_empty() ? kNothing : next.first);
+            int64_t count = now.end - now.first;
             if (phase.num_done_.fetch_add(count) + count == total && !helpers_.empty())
                 meeting_.advance();
-            first = phase.next_.load(std::memory_order_relaxed);
+            now = next.is_empty() ? take_left(phase, total, size) : next;
         }
         if (!phase.is_done(total)) wait_for(phase, total);
+    }
+
+    // Where this thread's first piece of such a phase begins.
+    int64_t first_unit(int64_t total, int64_t size) const {
+        return first_stretch(total, size, rank()).first;
     }
 
     // The same with `unit(n)` for each n in [0, total).
     template <class Unit>
     void share_each(Phase &phase, int64_t total, Unit unit) {
-        share(phase, total, 1, [&](int64_t first, int64_t end) {
+        share(phase, total, 1, [&](int64_t first, int64_t end, int64_t) {
             for (int64_t n = first; n < end; ++n) unit(n);
         });
     }
 
     int64_t num_threads() const { return (int64_t)helpers_.size() + 1; }
 
+    static constexpr int64_t kNothing = -1;
+
    private:
-    void help(uint32_t turn);
+    // Of what an even share would be, the part that a thread has to itself.
+    static constexpr int64_t kFirstPercent = 50;
+    static constexpr int64_t kMostFirsts = 64;
+
+    // Of this thread in its team: the caller's is 0.
+    static int64_t rank();
+
+    int64_t units_each(int64_t total, int64_t size) const {
+        int64_t threads = num_threads();
+        if (threads == 1) return total;
+        return threads > kMostFirsts ? 0 : total * kFirstPercent / (100 * threads) / size * size;
+    }
+    Stretch first_stretch(int64_t total, int64_t size, int64_t rank) const {
+        int64_t each = rank < num_threads() ? units_each(total, size) : 0;
+        return {rank * each, rank * each + each};
+    }
+    Stretch take_first(Phase &phase, int64_t total, int64_t size, int64_t rank) const {
+        Stretch own = first_stretch(total, size, rank);
+        if (own.is_empty()) return {};
+        uint64_t bit = 1ull << rank;
+        bool is_taken = phase.firsts_.load(std::memory_order_relaxed) & bit ||
+                        phase.firsts_.fetch_or(bit, std::memory_order_relaxed) & bit;
+        return is_taken ? Stretch{} : own;
+    }
+    Stretch take_next(Phase &phase, int64_t total, int64_t size) const {
+        int64_t start = num_threads() * units_each(total, size), rest = total - start;
+        int64_t parts = 2 * num_threads() * size, first = phase.next_.load(std::memory_order_relaxed);
+        while (first < rest) {
+            int64_t count = (rest - first) / parts * size;
+            if (count < size) count = size;
+            if (count > rest - first) count = rest - first;
+            if (phase.next_.compare_exchange_weak(first, first + count, std::memory_order_relaxed))
+                return {start + first, start + first + count};
+        }
+        return {};
+    }
+    Stretch take_left(Phase &phase, int64_t total, int64_t size) const {
+        for (int64_t other = 0; other < num_threads(); ++other) {
+            Stretch left = take_first(phase, total, size, other);
+            if (!left.is_empty()) return left;
+        }
+        return {};
+    }
+
+    void help(uint32_t turn, int64_t rank);
     void set_size(int64_t num_threads);
     bool join_in(uint32_t turn);
     void leave();

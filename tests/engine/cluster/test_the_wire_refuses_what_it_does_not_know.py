@@ -41,6 +41,32 @@ def test_what_is_encoded_comes_back(dtype: str) -> None:
     assert tensors[0].dtype == array.dtype
 
 
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=2, max_size=6),
+    dtypes=st.lists(st.sampled_from(["float64", "float32", "uint16", "uint8"]), min_size=6),
+    cut=st.integers(-9, 9),
+)
+def test_small_tensors_share_a_frame_that_has_their_size(
+    sizes: list[int], dtypes: list[str], cut: int
+) -> None:
+    arrays = [np.arange(n).astype(d) for n, d in zip(sizes, dtypes, strict=False)]
+    header, frame = frames_of(STEP, *arrays)
+    message, tensors = CODEC.decode([header, frame])
+    assert message == STEP
+    for found, expected in zip(tensors, arrays, strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+    damaged = frame[:cut] if cut < 0 else frame + bytes(cut)
+    if len(damaged) != len(frame):
+        with pytest.raises(ProtocolError, match="tensors in one part need"):
+            CODEC.decode([header, damaged])
+
+
+def test_large_tensors_have_frames_of_their_own() -> None:
+    large = np.zeros(5000, dtype=np.float32)
+    assert len(frames_of(STEP, large, ROWS)) == 3
+
+
 @given(st.lists(st.binary(max_size=60), max_size=4))
 def test_random_frames_raise_a_protocol_error(frames: list[bytes]) -> None:
     with pytest.raises((ProtocolError, PeerRefused)):

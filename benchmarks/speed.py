@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,15 +144,27 @@ def main() -> int:
     options = arguments()
     about = machine.describe()
     sizes = matrix.QUICK if options.quick else matrix.Sizes()
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
     try:
         programs = find_llama_cpp(options.llama_cpp)
-        found = {
-            name: measure_model(name, options, sizes, programs)
-            for name in dict.fromkeys(options.model)
-        }
+        for name in dict.fromkeys(options.model):
+            found[name] = measure_model(name, options, sizes, programs)
+            # After each: a large model takes long, and may be given up.
+            keep(found, options, sizes, programs, about)
     except EngineError as error:
         print(f"speed.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    return 0
+
+
+def keep(
+    found: Mapping[str, tuple[dict[str, Any], list[str]]],
+    options: argparse.Namespace,
+    sizes: matrix.Sizes,
+    programs: LlamaCpp | None,
+    about: dict[str, Any],
+) -> None:
+    """Print and keep what was found of the models so far."""
     neighbour = "not found, so not compared" if programs is None else str(programs.bench)
     lines = [
         (
@@ -175,7 +187,6 @@ def main() -> int:
         rows["models"][name] = kept
         lines += part
     machine.write("speed", about, rows, lines, options.out)
-    return 0
 
 
 if __name__ == "__main__":

@@ -185,16 +185,15 @@ def _read_joined(specs: Sequence[TensorSpec], frame: Any) -> list[Array]:
     Raises: ProtocolError: the frame's size is not what the specs say.
     """
     sizes = [spec.num_bytes for spec in specs]
-    needed = sum([_aligned(size) for size in sizes])
-    view = memoryview(frame)
-    if min(sizes) < 0 or view.nbytes != needed:
+    needed, found = sum([_aligned(size) for size in sizes]), memoryview(frame).nbytes
+    if min(sizes) < 0 or found != needed:
         raise ProtocolError(
-            f"{len(specs)} tensors in one part need {needed:,} bytes, it has {view.nbytes:,}"
+            f"{len(specs)} tensors in one part need {needed:,} bytes, it has {found:,}"
         )
     tensors: list[Array] = []
     start = 0
     for spec, size in zip(specs, sizes, strict=True):
-        tensors.append(read_tensor(spec, view[start : start + size]))
+        tensors.append(_array(spec, frame, start, size))
         start += _aligned(size)
     return tensors
 
@@ -204,13 +203,19 @@ def read_tensor(spec: TensorSpec, frame: Any) -> Array:
 
     Raises: ProtocolError: the frame's size is not what dtype and shape say.
     """
-    view = memoryview(frame)
-    if spec.num_bytes != view.nbytes:
+    size, found = spec.num_bytes, memoryview(frame).nbytes
+    if size != found:
         raise ProtocolError(
-            f"tensor says {list(spec.shape)} {spec.dtype} = {spec.num_bytes:,} bytes, "
-            f"part has {view.nbytes:,}"
+            f"tensor says {list(spec.shape)} {spec.dtype} = {size:,} bytes, part has {found:,}"
         )
+    return _array(spec, frame, 0, size)
+
+
+def _array(spec: TensorSpec, frame: Any, start: int, size: int) -> Array:
+    """View `size` bytes of a frame, as many as the spec says, from `start` on."""
+    dtype = DTYPES[spec.dtype]
     try:
-        return np.frombuffer(frame, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
+        values = np.frombuffer(frame, dtype, size // dtype.itemsize, start)
+        return values.reshape(spec.shape)
     except ValueError as error:  # Nothing in it, and dimensions no array can have.
         raise ProtocolError(f"tensor says {list(spec.shape)}: {error}") from error

@@ -201,26 +201,45 @@ static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_
 static inline void write_float(float *out, float value) { *out = value; }
 static inline void write_float(uint16_t *out, float value) { *out = to_bfloat16(value); }
 
-// One group of a panel as [16, 32]; exact but for one rounding of the minimum's addition.
-static inline void dequantize_group(const shardmix_matrix &matrix, const char *panel, int64_t g,
-                                    float values[kPanelRows][kGroup]) {
-    if (matrix.format == SHARDMIX_INT4) {
-        const Int4Group &group = ((const Int4Group *)panel)[g];
-        for (int64_t row = 0; row < kPanelRows; ++row) {
-            float scale = from_float16(group.scales[row]);
-            float minimum = from_float16(group.minimums[row]);
-            for (int64_t j = 0; j < 16; ++j) {
-                uint8_t pair = group.quants[j / 4][row][j % 4];
-                values[row][j] = scale * (float)(pair & 15) + minimum;
-                values[row][j + 16] = scale * (float)(pair >> 4) + minimum;
-            }
-        }
-    } else {
-        const Int8Group &group = ((const Int8Group *)panel)[g];
-        for (int64_t row = 0; row < kPanelRows; ++row) {
-            float scale = from_float16(group.scales[row]);
-            for (int64_t j = 0; j < kGroup; ++j)
-                values[row][j] = scale * (float)group.quants[j / 4][row][j % 4];
+// Row `row` of a group: exact but for one rounding of the minimum's addition. The bytes that a
+// compiler is to make vectors of are first put next to each other.
+static inline void dequantize_row(const Int4Group &group, int64_t row, float values[kGroup]) {
+    uint8_t pairs[kGroup / 2];
+    for (int64_t k = 0; k < 4; ++k) memcpy(pairs + 4 * k, group.quants[k][row], 4);
+    float scale = from_float16(group.scales[row]), minimum = from_float16(group.minimums[row]);
+    for (int64_t j = 0; j < kGroup / 2; ++j) values[j] = scale * (float)(pairs[j] & 15) + minimum;
+    for (int64_t j = 0; j < kGroup / 2; ++j)
+        values[j + kGroup / 2] = scale * (float)(pairs[j] >> 4) + minimum;
+}
+
+static inline void dequantize_row(const Int8Group &group, int64_t row, float values[kGroup]) {
+    int8_t quants[kGroup];
+    for (int64_t k = 0; k < 8; ++k) memcpy(quants + 4 * k, group.quants[k][row], 4);
+    float scale = from_float16(group.scales[row]);
+    for (int64_t j = 0; j < kGroup; ++j) values[j] = scale * (float)quants[j];
+}
+
+static inline void write_floats(float *out, const float *values, int64_t count) {
+    memcpy(out, values, (size_t)count * sizeof(float));
+}
+static inline void write_floats(uint16_t *out, const float *values, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16(values[j]);
+}
+
+// Rows of a panel, into rows of `columns` values.
+template <class Group, class T>
+static inline void dequantize_panel(const shardmix_matrix &matrix, const char *panel, int64_t rows,
+                                    T *out) {
+    const Group *groups = (const Group *)panel;
+    int64_t per_block = groups_of_block(matrix.block);
+    for (int64_t g = 0; g < matrix.num_groups; ++g) {
+        int64_t offset = g % per_block * kGroup, left = matrix.block - offset;
+        int64_t count = left < kGroup ? left : kGroup;
+        T *corner = out + g / per_block * matrix.block + offset;
+        for (int64_t row = 0; row < rows; ++row) {
+            float values[kGroup];
+            dequantize_row(groups[g], row, values);
+            write_floats(corner + row * matrix.num_columns, values, count);
         }
     }
 }
@@ -228,28 +247,20 @@ static inline void dequantize_group(const shardmix_matrix &matrix, const char *p
 template <class T>
 static void dequantize_rows(const shardmix_matrix &matrix, int64_t first_row, int64_t end_row,
                             T *out) {
-    int64_t columns = matrix.num_columns, per_block = groups_of_block(matrix.block);
+    int64_t columns = matrix.num_columns;
     for (int64_t start = first_row; start < end_row; start += kPanelRows) {
         const char *panel = (const char *)matrix.panels + start / kPanelRows * panel_bytes(matrix);
         int64_t rows = end_row - start < kPanelRows ? end_row - start : kPanelRows;
         T *target = out + (start - first_row) * columns;
-        if (matrix.format == SHARDMIX_BFLOAT16) {
+        if (matrix.format == SHARDMIX_INT4)
+            dequantize_panel<Int4Group>(matrix, panel, rows, target);
+        else if (matrix.format == SHARDMIX_INT8)
+            dequantize_panel<Int8Group>(matrix, panel, rows, target);
+        else
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t k = 0; k < columns; ++k)
                     write_float(target + row * columns + k,
                                 from_bfloat16(((const BFloat16Column *)panel)[k].values[row]));
-            continue;
-        }
-        for (int64_t g = 0; g < matrix.num_groups; ++g) {
-            float values[kPanelRows][kGroup];
-            dequantize_group(matrix, panel, g, values);
-            int64_t offset = g % per_block * kGroup, left = matrix.block - offset;
-            int64_t count = left < kGroup ? left : kGroup;
-            T *corner = target + g / per_block * matrix.block + offset;
-            for (int64_t row = 0; row < rows; ++row)
-                for (int64_t j = 0; j < count; ++j)
-                    write_float(corner + row * columns + j, values[row][j]);
-        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 In: plans, requests, cancels, from any thread. Out: calls of a request's listeners, and a sink for
 what the steps measured. It owns the coordinator. A step is either pieces of all prompts or the next
-token of every running answer, with guesses where they pay, its own or a draft model's; pieces are as long as 150 ms of measured
-speed allow, so a cancel is heard in time.
+token of every running answer, with guesses where they pay, its own or a draft model's; pieces are
+as long as measured speed allows in the time that others can wait (`engine.decode.pace`).
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def check_memory(
             raise PlanError(
                 f"{device} needs {gibibytes(need.weights)} for its weights and "
                 f"{gibibytes(need.cache)} for one conversation of {kv_window:,} positions; of "
-                f"{gibibytes(size)}{others} that is {gibibytes(-left[pool])} too much. Give it a smaller share, choose a narrower "
-                "--dtype, or lower --kv-window"
+                f"{gibibytes(size)}{others} that is {gibibytes(-left[pool])} too much. Give it a "
+                "smaller share, choose a narrower --dtype, or lower --kv-window"
             )
 
 

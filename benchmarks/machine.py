@@ -52,6 +52,8 @@ def write(
     rows: dict[str, Any],
     lines: Sequence[str],
     folder: Path | None = RESULTS,
+    *,
+    is_shown: bool = True,
 ) -> None:
     """Print a result as Markdown, and keep it there and as JSON in a folder; None keeps nothing."""
     sets = ", ".join(machine["instruction_sets"]) or "unknown instruction sets"
@@ -73,4 +75,5 @@ def write(
             json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
         )
         stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    if is_shown:
+        print(text)

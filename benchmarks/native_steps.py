@@ -1,9 +1,9 @@
 """What a device's own part of a step takes with native kernels, and what 8-bit activations cost.
 
 `python benchmarks/native_steps.py`: SmolLM2 in one process, without engine host or exchange.
-Milliseconds of all rows and the head, by threads, tokens in the step and context; and how far logits
-of a text are from float32 when it is read as a prompt, with dequantised weights, and as generated
-tokens, with activations in 8 bits.
+Milliseconds of all rows and the head, by threads, tokens in the step and context; and how far
+logits of a text are from float32 when it is read as a prompt, with dequantised weights, and as
+generated tokens, with activations in 8 bits.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
                         }
                     )
     lines = [
-        f"SmolLM2-135M-Instruct Q4_1 in one process; kernels: {kernels_in_use()}; {STEPS} steps each.",
+        f"SmolLM2 Q4_1 in one process; kernels: {kernels_in_use()}; {STEPS} steps each.",
         "",
         "| threads | tokens in the step | positions before | best ms | median ms |",
         "|---|---|---|---|---|",

@@ -27,6 +27,8 @@ from engine.host import messages as api
 from engine.kernels.available import kernels_in_use
 from engine.weights.models import fetch_default_model
 
+# What is kept of a run with models to come.
+UNFINISHED = "unfinished-speed"
 DEFAULT_MODELS = ["default", "1b"]
 DTYPES = [name for name in get_args(api.DtypeChoice) if name != "auto"]
 
@@ -150,7 +152,8 @@ def main() -> int:
         for name in dict.fromkeys(options.model):
             found[name] = measure_model(name, options, sizes, programs)
             # After each: a large model takes long, and may be given up.
-            keep(found, options, sizes, programs, about)
+            is_whole = len(found) == len(set(options.model))
+            keep(found, options, sizes, programs, about, is_whole=is_whole)
     except EngineError as error:
         print(f"speed.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -163,8 +166,10 @@ def keep(
     sizes: matrix.Sizes,
     programs: LlamaCpp | None,
     about: dict[str, Any],
+    *,
+    is_whole: bool,
 ) -> None:
-    """Print and keep what was found of the models so far."""
+    """Keep what was found of the models so far; print it when it is the whole."""
     neighbour = "not found, so not compared" if programs is None else str(programs.bench)
     lines = [
         (
@@ -186,7 +191,11 @@ def keep(
     for name, (kept, part) in found.items():
         rows["models"][name] = kept
         lines += part
-    machine.write("speed", about, rows, lines, options.out)
+    name = "speed" if is_whole else UNFINISHED
+    machine.write(name, about, rows, lines, options.out, is_shown=is_whole)
+    if is_whole and options.out is not None:
+        for path in options.out.glob(f"{UNFINISHED}-*"):
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The one binary form that messages and their tensors travel in.
 
 In: a message and numpy arrays. Out: a msgpack header frame, then one raw frame per tensor, or one
-for all where they are small; and back. The header states each tensor's dtype and shape, and the receiver checks them against what it
-expects (`messages.expect_tensor`) before it uses a byte. It opens no socket, and what a message
-means is not known here.
+for all where they are small; and back. The header states each tensor's dtype and shape, and the
+receiver checks them against what it expects (`messages.expect_tensor`) before it uses a byte. It
+opens no socket, and what a message means is not known here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
-# Tensors that are smaller together share a frame: each one costs both ends as much as some kilobytes.
+# Tensors that are smaller together share a frame: one costs both ends as much as some kilobytes.
 MAX_JOINED_BYTES = 16 << 10
 # What each of them begins at a multiple of.
 ALIGNMENT = 8

@@ -19,7 +19,7 @@ from engine.plan.plan import Plan
 # prompt alone is read in larger pieces, since weights are widened once for each; a cancel is heard
 # between two rows, and who comes meanwhile waits for one piece.
 SHARED_PIECE_SECONDS = 0.15
-LONE_PIECE_SECONDS = 2.0
+LONE_PIECE_SECONDS = 1.0
 FIRST_PIECE = 32
 MIN_PIECE = 8
 # Full logits travel in one message: 16 rows of a vocabulary of 128 k are 8 MB.

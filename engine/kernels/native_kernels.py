@@ -157,7 +157,7 @@ class NativeRows:
                 norm_epsilon=config.norm_epsilon,
             )
         self._post_norms = dict(post_norms)
-        # Steps have the same rows again and again, and to look at each takes longer than to compute.
+        # Steps have the same rows again and again; to look at each takes longer than a small one.
         self._runs: dict[tuple[int, int], _Run] = {}
 
     def __contains__(self, row: int) -> bool:

@@ -273,8 +273,8 @@ class KVCache:
         return list(self._kv_heads_by_layer)
 
     def layer(self, slot: int, layer: int) -> LayerCache:
-        """The cache of one layer of a slot, made at first use."""
-        self._num_bytes = None  # It may grow.
+        """The cache of one layer of a slot, made at first use; to grow at once or not at all."""
+        self._num_bytes = None
         layers = self._layers.setdefault(slot, {})
         if layer not in layers:
             layers[layer] = LayerCache(
@@ -345,7 +345,6 @@ class KVCache:
         self.free(target)
         if len(self._lengths) >= MAX_SLOTS:
             raise ProtocolError(f"slot {target} is one too many, at most {MAX_SLOTS:,} are kept")
-        self._num_bytes = None
         layers = self._layers.get(source, {})
         needed = sum(layer.copied_bytes(length, written) for layer in layers.values())
         free = free_bytes(self._device)

@@ -87,6 +87,11 @@ class RopeTable:
         self._cos = torch.empty(0, head_width // 2, device=device)
         self._sin = torch.empty(0, head_width // 2, device=device)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that are there without more memory."""
+        return self._cos.shape[0]
+
     def run(self, first_position: int, end_position: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions that follow each other, two float32 [T, D / 2] views."""
         if end_position > self._cos.shape[0]:

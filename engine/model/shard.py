@@ -122,8 +122,12 @@ class ModelShard:
         return self._make_batch(kind, segments)
 
     def prepare_next(self, batch: Batch) -> None:
-        """After a step of one token for each slot: get ready for one with the tokens that follow."""
+        """After a step of one token for each slot: get ready for that of the tokens that follow."""
         if not isinstance(batch, NativeBatch) or batch.num_tokens > len(batch.segments):
+            return
+        # Nothing of size is allocated for a step that may never come.
+        end = max(segment.first_position for segment in batch.segments) + 2
+        if any(table.num_positions < end for table in self._ropes):
             return
         following = [
             Segment(

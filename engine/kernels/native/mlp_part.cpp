@@ -27,7 +27,6 @@ struct MlpRow {
           gated(step.memory.middle.view(*share.down, step.in.num_tokens)),
           projected(step.memory.projected.data()) {}
 
-
     void work(int64_t row, Phase *phases) const {
         int64_t num_tokens = step.in.num_tokens, num_groups = share.down->num_groups;
         ThreadTeam &team = step.team;

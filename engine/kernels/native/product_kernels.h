@@ -172,7 +172,7 @@ static void multiply_panels(const shardmix_matrix &matrix, const Activations &x,
                             int64_t end_panel, float *out, const char *after) {
     constexpr int kWhole = kPanelRows / Isa::kLanes;
     for (int64_t p = first_panel; p < end_panel; ++p) {
-        const char *panel = (const char *)matrix.panels + p * panel_bytes(matrix);
+        const char *panel = panel_at(matrix, p);
         const char *next = p + 1 < end_panel || !after ? panel + panel_bytes(matrix) : after;
         int64_t token = 0, row = p * kPanelRows;
         for (; token + TOKENS <= x.num_tokens; token += TOKENS)
@@ -249,7 +249,7 @@ static void dequantize_rows(const shardmix_matrix &matrix, int64_t first_row, in
                             T *out) {
     int64_t columns = matrix.num_columns;
     for (int64_t start = first_row; start < end_row; start += kPanelRows) {
-        const char *panel = (const char *)matrix.panels + start / kPanelRows * panel_bytes(matrix);
+        const char *panel = panel_at(matrix, start / kPanelRows);
         int64_t rows = end_row - start < kPanelRows ? end_row - start : kPanelRows;
         T *target = out + (start - first_row) * columns;
         if (matrix.format == SHARDMIX_INT4)

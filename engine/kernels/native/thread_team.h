@@ -70,18 +70,8 @@ class ThreadTeam {
     // the others.
     template <class Piece>
     void share(Phase &phase, int64_t total, int64_t size, Piece piece) {
-        Stretch now = take_first(phase, total, size, rank());
-        if (now.is_empty()) now = take_next(phase, total, size);
-        if (now.is_empty()) now = take_left(phase, total, size);
-        while (!now.is_empty()) {
-            Stretch next = take_next(phase, total, size);
-            piece(now.first, now.end, next.is_empty() ? kNothing : next.first);
-            int64_t count = now.end - now.first;
-            if (phase.num_done_.fetch_add(count) + count == total && !helpers_.empty())
-                meeting_.advance();
-            now = next.is_empty() ? take_left(phase, total, size) : next;
-        }
-        if (!phase.is_done(total)) wait_for(phase, total);
+        // Of the last pieces nobody takes two: others would have nothing to do.
+        share_out(phase, total, size, num_threads() * size, piece);
     }
 
     // Where this thread's first piece of such a phase begins.
@@ -92,7 +82,7 @@ class ThreadTeam {
     // The same with `unit(n)` for each n in [0, total).
     template <class Unit>
     void share_each(Phase &phase, int64_t total, Unit unit) {
-        share(phase, total, 1, [&](int64_t first, int64_t end, int64_t) {
+        share_out(phase, total, 1, total, [&](int64_t first, int64_t end, int64_t) {
             for (int64_t n = first; n < end; ++n) unit(n);
         });
     }
@@ -126,10 +116,11 @@ class ThreadTeam {
                         phase.firsts_.fetch_or(bit, std::memory_order_relaxed) & bit;
         return is_taken ? Stretch{} : own;
     }
-    Stretch take_next(Phase &phase, int64_t total, int64_t size) const {
+    // The next piece, if there is one and more than `left` units have not been taken.
+    Stretch take_next(Phase &phase, int64_t total, int64_t size, int64_t left = 0) const {
         int64_t start = num_threads() * units_each(total, size), rest = total - start;
         int64_t parts = 2 * num_threads() * size, first = phase.next_.load(std::memory_order_relaxed);
-        while (first < rest) {
+        while (rest - first > left) {
             int64_t count = (rest - first) / parts * size;
             if (count < size) count = size;
             if (count > rest - first) count = rest - first;
@@ -144,6 +135,24 @@ class ThreadTeam {
             if (!left.is_empty()) return left;
         }
         return {};
+    }
+
+    // As `share`; a next piece is taken beforehand while more than `left` units have not been taken.
+    template <class Piece>
+    void share_out(Phase &phase, int64_t total, int64_t size, int64_t left, Piece piece) {
+        Stretch now = take_first(phase, total, size, rank());
+        for (;;) {
+            if (now.is_empty()) now = take_next(phase, total, size);
+            if (now.is_empty()) now = take_left(phase, total, size);
+            if (now.is_empty()) break;
+            Stretch next = take_next(phase, total, size, left);
+            piece(now.first, now.end, next.is_empty() ? kNothing : next.first);
+            int64_t count = now.end - now.first;
+            if (phase.num_done_.fetch_add(count) + count == total && !helpers_.empty())
+                meeting_.advance();
+            now = next;
+        }
+        if (!phase.is_done(total)) wait_for(phase, total);
     }
 
     void help(uint32_t turn, int64_t rank);

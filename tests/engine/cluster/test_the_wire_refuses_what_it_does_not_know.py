@@ -62,9 +62,35 @@ def test_small_tensors_share_a_frame_that_has_their_size(
             CODEC.decode([header, damaged])
 
 
-def test_large_tensors_have_frames_of_their_own() -> None:
-    large = np.zeros(5000, dtype=np.float32)
-    assert len(frames_of(STEP, large, ROWS)) == 3
+@pytest.mark.parametrize(("num_bytes", "num_frames"), [(16 << 10, 2), ((16 << 10) + 1, 3)])
+def test_large_tensors_have_frames_of_their_own(num_bytes: int, num_frames: int) -> None:
+    large = (np.arange(num_bytes - ROWS.nbytes) % 251).astype(np.uint8)
+    frames = frames_of(STEP, large, ROWS)
+    assert len(frames) == num_frames
+    _message, tensors = CODEC.decode(frames)
+    np.testing.assert_array_equal(tensors[0], large)
+    np.testing.assert_array_equal(tensors[1], ROWS)
+
+
+@pytest.mark.parametrize(
+    "shape", [(-1,), (-1, -8), (1,) * 9, (1 << 41,), (0, 1 << 40, 1 << 40), (1 << 40,) * 8]
+)
+@pytest.mark.parametrize("content", [b"", b"12345678", bytes(16)])
+def test_a_shared_frame_with_impossible_shapes_is_refused(
+    shape: tuple[int, ...], content: bytes
+) -> None:
+    specs = (TensorSpec("float32", shape), TensorSpec("float32", (1,)))
+    header = msgspec.msgpack.encode((m.PROTOCOL_VERSION, STEP, specs))
+    with pytest.raises(ProtocolError, match="tensor"):
+        CODEC.decode([header, content])
+
+
+@pytest.mark.parametrize("frames", [[], [b"12345678"]])
+def test_too_many_tensors_for_one_frame_are_refused(frames: list[bytes]) -> None:
+    specs = (TensorSpec("uint8", (0,)),) * 17
+    header = msgspec.msgpack.encode((m.PROTOCOL_VERSION, STEP, specs))
+    with pytest.raises(ProtocolError, match="announces 17 tensors"):
+        CODEC.decode([header, *frames])
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))

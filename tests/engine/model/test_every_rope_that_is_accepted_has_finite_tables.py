@@ -63,7 +63,7 @@ def is_accepted(rope: Rope, head_width: int) -> bool:
 
 
 # What is refused is drawn on purpose: now and then it is most of what is drawn.
-@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_what_is_accepted_is_finite(kind: Any, data: st.DataObject) -> None:

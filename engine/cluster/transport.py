@@ -32,6 +32,7 @@ HEARTBEAT_MS = 500
 # because those threads do not compute.
 HEARTBEAT_TIMEOUT_MS = 2500
 HANDSHAKE_MS = 5000
+_LATER_THAN_ANY_OWNER_MS = 24 * 3600 * 1000
 
 _MORE = zmq.DONTWAIT | zmq.SNDMORE
 
@@ -248,7 +249,8 @@ def connect_once(
     """
     socket = context.socket(zmq.DEALER)
     _prepare(socket, True, max_message_bytes)
-    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    # "Never" (-1) would drop what came ahead of a cut and was not yet read: often the reason for it.
+    socket.setsockopt(zmq.RECONNECT_IVL, _LATER_THAN_ANY_OWNER_MS)
     watch = ConnectionWatch(socket)
     try:
         _dial(socket, keys, server_key, endpoint)

@@ -78,6 +78,8 @@ class PairingAttempt:
 
         Raises: PeerRefused: the attempt is over, and did not succeed.
         """
+        # Asked before the messages are taken: what came ahead of a cut is then heard ahead of it.
+        connection = self._watch.connection()
         try:
             while (received := self._channel.receive(0)) is not None:
                 answer = self.pairing.take(received.message, b"", now_s)
@@ -90,7 +92,6 @@ class PairingAttempt:
             pass  # The watch knows more.
         if self.pairing.is_paired:
             return
-        connection = self._watch.connection()
         if connection not in ("connecting", "open"):
             self._give_up(self._reason(connection))
         if not self.pairing.peer_key and now_s > self._answer_by:

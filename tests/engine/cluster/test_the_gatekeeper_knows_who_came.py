@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import zmq
 
 from engine.cluster import messages as m
 from engine.cluster.security import Gatekeeper, KeyPair, new_key_pair
-from engine.cluster.transport import Channel, connect, listen
+from engine.cluster.transport import Channel, connect, connect_once, listen
 
 pytestmark = pytest.mark.network
 
@@ -91,3 +92,28 @@ def test_a_door_that_is_open_to_all_still_knows_who_came(door: Door) -> None:
     assert received is not None
     assert received.peer_key == anybody.public
     assert door.gatekeeper.refusals() == ()
+
+
+def test_last_words_ahead_of_a_cut_are_heard(door: Door) -> None:
+    guest = new_key_pair()
+    door.gatekeeper.allow("door", guest.public)
+    socket, watch = connect_once(door.context, guest, door.keys.public, door.endpoint)
+    door.guests.append(Channel(socket, m.WORKER_SENDS))
+    try:
+        door.guests[-1].send(m.Hello(host_name="desk"))
+        received = door.channel.receive(5000)
+        assert received is not None
+        goodbye = m.Failed(epoch=0, error="PeerRefused", message="goodbye")
+        door.channel.send(goodbye, route=received.route)
+        door.channel.socket.close(linger=1000)
+        seen = [watch.connection()]
+        while seen[-1] != "cut":
+            assert watch.socket.poll(5000), seen
+            seen.append(watch.connection())
+        time.sleep(0.1)  # libzmq tells of the cut first, and then takes the connection down.
+        socket.poll(0)
+        last = door.guests[-1].receive(0)
+    finally:
+        watch.close()
+    assert last is not None
+    assert last.message == goodbye

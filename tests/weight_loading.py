@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 
 from engine.cluster import messages as m
 from engine.cluster.codec import Codec
-from engine.cluster.coordinator import Coordinator, LoadRequest, RunnerAddress
+from engine.cluster.coordinator import (
+    Coordinator,
+    DeviceAnswer,
+    LoadRequest,
+    RunnerAddress,
+)
 from engine.cluster.loading import Loader
 from engine.cluster.local_copies import describe_files
 from engine.cluster.processes import Child, Greeting
@@ -177,8 +182,16 @@ class RunnerProcesses:
             operations=(),
             logits=m.LogitsWanted(form="full", raw_sums=(False,) * len(ids)),
         )
-        answers = self._coordinator.step(step, checkpoint.embed(ids), lambda: False, lambda: None)
+        answers = self._step(checkpoint, step, ids)
         return np.concatenate([a.tensors[0] for a in answers if a.tensors], axis=1)
+
+    def step(self, checkpoint: Checkpoint, step: m.Step, ids: list[int]) -> list[m.Array]:
+        """The tensors of the answer to a step, under a plan of one device."""
+        (answer,) = self._step(checkpoint, step, ids)
+        return answer.tensors
+
+    def _step(self, checkpoint: Checkpoint, step: m.Step, ids: list[int]) -> list[DeviceAnswer]:
+        return self._coordinator.step(step, checkpoint.embed(ids), lambda: False, lambda: None)
 
 
 class OneLoad:

@@ -474,6 +474,7 @@ class Runner:
         self._row = self._reported_row = -1
         self._step_reported_at = time.monotonic()
         exchange.begin_step(step.step_id, step.kind)
+        stepping.hear(step, tensors)
         stepping.change_slots(step.operations)
         with torch.inference_mode():
             answer_tensors = stepping.compute(step, tensors)
@@ -494,6 +495,8 @@ class Runner:
         self._send(answer, answer_tensors)
         with torch.inference_mode():
             stepping.prepare_next()
+            if not (self._pending or self._control.has_message()):
+                stepping.go_ahead()
 
     def _changed_figures(self, links: PeerLinks) -> tuple[m.LinkFigures, ...]:
         now = time.monotonic()

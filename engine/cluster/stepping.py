@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from engine.cluster import messages as m
+from engine.cluster.ahead import Ahead
 from engine.cluster.collective import Collective
 from engine.cluster.pieces import Piece, cut_step, num_pieces
 from engine.cluster.short_logits import check_wanted, short_form
@@ -53,6 +54,9 @@ class Stepping:
         self._head_row = plan.shape.head_row
         self._has_first, self._has_head = (index in plan.group(n) for n in (0, self._head_row))
         self._first_id, self._end_id = plan.unit_range(self._head_row, index)
+        is_alone = plan.used_devices() == (index,) and shard.is_native
+        self._ahead = Ahead(shard) if is_alone else None
+        self._likeliest: list[int] = []
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
         """The tensors of a StepAnswer.
@@ -60,13 +64,19 @@ class Stepping:
         Raises: ProtocolError: the step breaks a rule.
         """
         self._last_logits = self._last_batch = None
+        self._likeliest = []
         if not step.segments:
             return []
         shard, exchange = self.shard, self.exchange
-        num_tokens = _check_segments(step)
-        num_logits = sum(len(s.logit_offsets) for s in step.segments)
+        num_logits = sum([len(s.logit_offsets) for s in step.segments])
         check_wanted(step.logits, num_logits)
         self._check_answer(num_logits)
+        computed = self._ahead.take() if self._ahead is not None else None
+        if computed is not None:  # Its segments and inputs are those of this step.
+            self._last_logits, self._last_batch = computed.logits, computed.batch
+            exchange.counters.compute_ns += computed.compute_ns
+            return self._answer_tensors(step.logits, computed.logits)
+        num_tokens = _check_segments(step)
         x = self._embeddings(tensors, num_tokens)
         shard.cache.check(step.segments)
         pieces = cut_step(step.segments, num_pieces(shard.plan, step.kind, num_tokens))
@@ -100,10 +110,30 @@ class Stepping:
         exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
 
+    def hear(self, step: m.Step, tensors: list[m.Array]) -> None:
+        """Before the slots of a step are changed: see whether it was guessed."""
+        if self._ahead is not None:
+            self._ahead.hear(step, tensors)
+
     def prepare_next(self) -> None:
         """After an answer: get ready for the tokens that follow those of the last step."""
-        if self._last_batch is not None:
-            self.shard.prepare_next(self._last_batch)
+        if self._last_batch is None:
+            return
+        following = self.shard.prepare_next(self._last_batch)
+        if self._ahead is None or following is None:
+            return
+        if len(self._likeliest) == len(following.segments):
+            self._ahead.guess(following, self._likeliest)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step is computed that nobody has asked for yet."""
+        return self._ahead is not None and self._ahead.is_done
+
+    def go_ahead(self) -> None:
+        """While nobody asks for anything: compute what most likely will be asked for."""
+        if self._ahead is not None:
+            self._ahead.compute(self.exchange.counters.compute_ns)
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
         """Free slots, cut them back, and copy their beginnings, before a step computes.
@@ -209,7 +239,9 @@ class Stepping:
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
         if wanted.form == "full":
             return [logits_NV.float().cpu().numpy()]
-        return short_form(logits_NV, wanted, self._first_id)
+        answer = short_form(logits_NV, wanted, self._first_id)
+        self._likeliest = answer[0][:, 0].tolist()
+        return answer
 
 
 def stages(plan: Plan, device_index: int) -> list[tuple[int, int]]:

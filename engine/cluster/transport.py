@@ -327,6 +327,10 @@ class Channel(Generic[M]):
             ) from None
         return size
 
+    def has_message(self) -> bool:
+        """Whether `receive` would not wait."""
+        return bool(self.socket.poll(0))
+
     def receive(self, timeout_ms: int = -1) -> Received[M] | None:
         """The next message, or None when none comes within `timeout_ms`.
 

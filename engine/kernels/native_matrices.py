@@ -6,6 +6,7 @@ order in which the kernels read them. Prompts multiply through torch, a few rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref, pointer
 from typing import Any
 
@@ -119,6 +120,24 @@ class NativeMatrix:
             weights = self.dequantize(start, end, scratch[: end - start])
             output[:, start:end] = linear(x, weights)
         return output
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Some rows, float32 [n, K].
+
+        Args: ids: each of a row.
+        Raises: ProtocolError: one of none.
+        """
+        rows, columns = self.shape
+        found = torch.empty(len(ids), columns)
+        panel = torch.empty(PANEL_ROWS, columns)
+        for n, row in enumerate(ids):
+            start = row // PANEL_ROWS * PANEL_ROWS
+            end = min(start + PANEL_ROWS, rows)
+            if not 0 <= row < rows:
+                raise ProtocolError(f"row {row} of {rows} cannot be read, ask for one below that")
+            check_status(self.library.dequantize(self.struct, start, end, False, panel.data_ptr()))
+            found[n] = panel[row - start]
+        return found
 
     def dequantize(self, start: int, end: int, out: Tensor | None = None) -> Tensor:
         """Rows [start, end).

@@ -202,6 +202,10 @@ class KVCache:
         self._written: dict[int, int] = {}
         self._layers: dict[int, dict[int, LayerCache]] = {}
         self._places: dict[int, _Places] = {}
+        # Positions that every ring holds before its oldest leave.
+        self._unbroken = (
+            min(view.ring_capacity for view in self._views.values()) if self._views else 0
+        )
         # Positions up to which a slot takes no more memory than it has.
         self._room: dict[int, int] = {}
         # None: to be counted again.
@@ -306,6 +310,16 @@ class KVCache:
         if slot not in self._places:
             self._places[slot] = _Places(self.layers)
         return self._places[slot]
+
+    def can_take_back(self, segments: Sequence[Segment]) -> bool:
+        """Whether steps could be computed and cut off again: no memory taken, nothing lost.
+
+        Args: segments: of slots that are in use.
+        """
+        return all(
+            s.first_position + s.token_count <= min(self._room.get(s.slot, 0), self._unbroken)
+            for s in segments
+        )
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget positions from `length` on; a shorter slot stays as it is.

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.kernels import native_kernels
 from engine.kernels.matrices import Matrix
 from engine.kernels.native_kernels import NativeBatch, NativeHead, NativeRow, NativeRows
+from engine.kernels.native_matrices import NativeMatrix
 from engine.kernels.torch_kernels import (
     AttentionShare,
     Batch,
@@ -121,14 +122,17 @@ class ModelShard:
                 return prepared
         return self._make_batch(kind, segments)
 
-    def prepare_next(self, batch: Batch) -> None:
-        """After a step of one token for each slot: get ready for that of the tokens that follow."""
+    def prepare_next(self, batch: Batch) -> Batch | None:
+        """After a step of one token for each slot: get ready for that of the tokens that follow.
+
+        Returns: its batch, where there is anything to get ready.
+        """
         if not isinstance(batch, NativeBatch) or batch.num_tokens > len(batch.segments):
-            return
+            return None
         # Nothing of size is allocated for a step that may never come.
         end = max(segment.first_position for segment in batch.segments) + 2
         if any(table.num_positions < end for table in self._ropes):
-            return
+            return None
         following = [
             Segment(
                 slot=s.slot,
@@ -140,6 +144,31 @@ class ModelShard:
         ]
         prepared = self._make_batch(batch.kind, tuple(following))
         self._prepared = prepared if isinstance(prepared, NativeBatch) else None
+        return self._prepared
+
+    def cut_back(self, batch: Batch) -> None:
+        """Let the tokens of a batch not have been; nothing that they wrote over is missed.
+
+        Args: batch: computed last, and `cache.can_take_back` it.
+        """
+        for segment in batch.segments:
+            self.cache.truncate(segment.slot, segment.first_position)
+
+    def tied_rows(self, ids: Sequence[int]) -> Tensor | None:
+        """The output head's rows of some tokens, scaled as input embeddings are.
+
+        Returns: float32 [n, width]; None where the head is no embedding, or not all of it is here
+            in a format of the native kernels. A head that was quantised has rows of its own.
+        """
+        share = self._shares.get(self.plan.shape.head_row)
+        if not self.config.is_head_tied or not isinstance(share, HeadShare):
+            return None
+        head = share.matrix
+        if not isinstance(head, NativeMatrix) or head.shape[0] != self.config.vocab_size:
+            return None
+        rows = head.rows(ids)
+        scale = self.config.embedding_scale
+        return rows if scale == 1 else rows * scale
 
     def _make_batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         batch = make_batch(kind, segments, self._ropes, self.config, self._device)

@@ -1,0 +1,265 @@
+"""A device that goes on by itself gives the bits of one that waits to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from engine.cluster import messages as m
+from engine.cluster.ahead import MIN_RIGHT
+from engine.cluster.lockstep import Lockstep
+from engine.cluster.stepping import Stepping
+from engine.errors import ConfigError
+from engine.kernels.build_native import source_hash
+from engine.kernels.native_library import PATH, NativeLibrary
+from engine.model.batch import Segment, StepKind
+from engine.model.view import LONGEST_STEP
+from engine.plan.plan import PlanShape
+from engine.plan.presets import single
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from tests.engine.cluster.exchange_members import Members
+from tests.tiny_files import save_tiny_gguf
+from tests.tiny_models import save_tiny_llama
+from tests.weight_loading import RunnerProcesses
+
+pytestmark = pytest.mark.network
+
+WINDOW = 64
+IDS = np.random.default_rng(6).integers(3, 88, LONGEST_STEP).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A model whose head is its embedding, in a file whose blocks are computed with as they are."""
+    try:
+        NativeLibrary(PATH, source_hash())
+    except (OSError, ConfigError) as error:
+        pytest.skip(f"only native kernels go ahead: {error}")
+    folder = tmp_path_factory.mktemp("tied")
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
+    oracle = save_tiny_llama(
+        folder / "oracle", tie_word_embeddings=True, max_position_embeddings=8192, **sizes
+    )
+    path = folder / "tied.gguf"
+    save_tiny_gguf(oracle, path, kind=gguf.GGMLQuantizationType.Q8_0)
+    with open_checkpoint(path) as opened:
+        yield opened
+
+
+class Device:
+    """All rows of a model, with a runner's way of working a step."""
+
+    def __init__(self, checkpoint: Checkpoint, *, goes_ahead: bool) -> None:
+        self._checkpoint, self._goes_ahead = checkpoint, goes_ahead
+        plan = single(PlanShape.from_config(checkpoint.config), "this/cpu")
+        self._members = Members(plan, checkpoint.config.width)
+        loaded = Lockstep(checkpoint, plan, "int8", window=WINDOW)
+        self.shard = loaded.shards[0]
+        exchange = self._members.members[0].exchange
+        self.stepping = Stepping(
+            self.shard, exchange, torch.device("cpu"), lambda _row, _kind: None
+        )
+        self._step_id = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._members.close()
+
+    def ask(
+        self,
+        tokens: dict[int, tuple[int, list[int]]],
+        kind: StepKind = "generated",
+        operations: tuple[m.SlotOperation, ...] = (),
+    ) -> list[m.Array]:
+        """The answer to a step: for each slot its first position and new tokens."""
+        self._step_id += 1
+        step = step_of(self._step_id, tokens, kind, operations)
+        rows = self._checkpoint.embed([i for _, ids in tokens.values() for i in ids])
+        self.stepping.exchange.begin_step(step.step_id, kind)
+        self.stepping.hear(step, [rows])
+        self.stepping.change_slots(operations)
+        with torch.inference_mode():
+            answer = self.stepping.compute(step, [rows])
+            answer = [array.copy() for array in answer]
+            if self._goes_ahead:
+                self.stepping.prepare_next()
+                self.stepping.go_ahead()
+        return answer
+
+
+def step_of(
+    step_id: int,
+    tokens: dict[int, tuple[int, list[int]]],
+    kind: StepKind,
+    operations: tuple[m.SlotOperation, ...] = (),
+    epoch: int = 3,
+) -> m.Step:
+    """A step that wants the logits of each slot's last token."""
+    segments = tuple(
+        Segment(
+            slot=slot, first_position=first, token_count=len(ids), logit_offsets=(len(ids) - 1,)
+        )
+        for slot, (first, ids) in tokens.items()
+    )
+    count = len(segments)
+    wanted = m.LogitsWanted(
+        form="top", ids=((),) * count, temperatures=(0.0,) * count, raw_sums=(True,) * count
+    )
+    return m.Step(
+        epoch=epoch,
+        step_id=step_id,
+        kind=kind,
+        segments=segments,
+        operations=operations,
+        logits=wanted,
+    )
+
+
+def operation(action: Any, slot: int, source: int = 0, length: int = 0) -> m.SlotOperation:
+    """A change of a slot."""
+    return m.SlotOperation(action=action, slot=slot, source=source, length=length)
+
+
+def likeliest(answer: list[m.Array]) -> list[int]:
+    """What a greedy host goes on with, per slot."""
+    return answer[0][:, 0].tolist()
+
+
+class Both:
+    """A device that goes ahead beside one that does not; their answers must be the same."""
+
+    def __init__(self, eager: Device, patient: Device) -> None:
+        self._eager, self._patient = eager, patient
+        self.num_ahead = 0
+
+    def ask(self, *arguments: Any) -> list[m.Array]:
+        """An answer of either."""
+        found, expected = self._eager.ask(*arguments), self._patient.ask(*arguments)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert not self._patient.stepping.is_ahead
+        self.num_ahead += self._eager.stepping.is_ahead
+        return found
+
+    def go_on(self, slot: int, first: int, token: int, count: int) -> int:
+        """So many greedy tokens of one slot, beginning with `token`; returns the one after them."""
+        for n in range(count):
+            (token,) = likeliest(self.ask({slot: (first + n, [token])}))
+        return token
+
+
+@pytest.fixture
+def both(checkpoint: Checkpoint) -> Iterator[Both]:
+    with (
+        Device(checkpoint, goes_ahead=True) as eager,
+        Device(checkpoint, goes_ahead=False) as patient,
+    ):
+        yield Both(eager, patient)
+
+
+def test_greedy_tokens_are_computed_before_they_are_asked_for(both: Both) -> None:
+    (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
+    # Nothing is guessed after a prompt, and so many guesses are watched first.
+    token = both.go_on(0, 20, token, MIN_RIGHT)
+    assert both.num_ahead == 0
+    token = both.go_on(0, 20 + MIN_RIGHT, token, 5)
+    assert both.num_ahead == 5
+    # A wrong guess: they are watched again.
+    both.go_on(0, 25 + MIN_RIGHT, token + 1, MIN_RIGHT)
+    assert both.num_ahead == 5
+
+
+def test_what_was_computed_in_vain_leaves_nothing(both: Both) -> None:
+    token, other = likeliest(both.ask({0: (0, IDS[:20]), 1: (0, IDS[30:64])}, "prompt"))
+    token = both.go_on(0, 20, token, 8)
+    assert both.num_ahead
+    # Another token comes, then three at once, then another slot's, then a prompt's.
+    both.go_on(0, 28, token + 1, 8)
+    (token,) = likeliest(both.ask({0: (36, IDS[70:73])}))
+    both.go_on(0, 39, token, 8)
+    token = both.go_on(1, 34, other, 8)
+    (token,) = likeliest(both.ask({1: (42, IDS[80:110])}, "prompt"))
+    token = both.go_on(1, 72, token, 8)
+    # Slots change under it.
+    both.ask({}, "generated", (operation("free", 0),))
+    token = both.go_on(1, 80, token, 8)
+    both.ask({1: (84, [4])}, "generated", (operation("truncate", 1, length=84),))
+    token = both.go_on(1, 85, token, 8)
+    copied = both.ask({0: (86, [6])}, "generated", (operation("copy", 0, source=1, length=86),))
+    both.go_on(0, 87, likeliest(copied)[0], 8)
+    begun = both.ask({1: (0, IDS[5:9])}, "prompt", (operation("free", 1),))
+    num_before = both.num_ahead
+    both.go_on(1, 4, likeliest(begun)[0], 8)
+    assert both.num_ahead > num_before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_steps_changes_a_bit(both: Both, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    lengths = {0: 0, 1: 0}
+    following = {0: 3, 1: 3}
+    for _ in range(120):
+        slots = [0, 1] if draw.random() < 0.3 else [int(draw.integers(2))]
+        kind: StepKind = "generated" if draw.random() < 0.9 else "prompt"
+        operations: tuple[m.SlotOperation, ...] = ()
+        if draw.random() < 0.05:
+            lengths[slots[0]] = int(draw.integers(lengths[slots[0]] + 1))
+            operations = (operation("truncate", slots[0], length=lengths[slots[0]]),)
+        tokens: dict[int, tuple[int, list[int]]] = {}
+        for slot in slots:
+            count = 1 if kind == "generated" and draw.random() < 0.95 else int(draw.integers(1, 20))
+            ids = draw.integers(3, 89, count).tolist()
+            if draw.random() < 0.9:
+                ids[0] = following[slot]
+            tokens[slot] = (lengths[slot], ids)
+        # Mostly a run of greedy steps, so that guesses have a reason.
+        for _ in range(int(draw.integers(1, 9))):
+            answer = both.ask(tokens, kind, operations)
+            for slot, (first, ids), token in zip(
+                tokens, tokens.values(), likeliest(answer), strict=True
+            ):
+                lengths[slot], following[slot] = first + len(ids), token
+            tokens = {slot: (lengths[slot], [following[slot]]) for slot in tokens}
+            kind, operations = "generated", ()
+    assert both.num_ahead > 100
+
+
+def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:
+    """What is written there takes the place of what a cut back would bring to light."""
+    capacity = WINDOW + LONGEST_STEP
+    both.ask({0: (0, IDS[: LONGEST_STEP - 10])}, "prompt")
+    (token,) = likeliest(both.ask({0: (LONGEST_STEP - 10, IDS[100:150])}, "prompt"))
+    first = LONGEST_STEP + 40
+    token = both.go_on(0, first, token, capacity - first)
+    num_before = both.num_ahead
+    assert num_before > 10
+    both.go_on(0, capacity, token, 8)
+    assert both.num_ahead == num_before
+
+
+def test_a_runner_process_answers_as_one_that_waits(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = single(PlanShape.from_config(checkpoint.config), "this/cpu")
+    with (
+        RunnerProcesses(tmp_path, ["this/cpu"]) as runners,
+        Device(checkpoint, goes_ahead=False) as patient,
+    ):
+        runners.load(checkpoint, plan, dtype="int8")
+        tokens: dict[int, tuple[int, list[int]]] = {0: (0, IDS[:20])}
+        kind: StepKind = "prompt"
+        for step_id in range(1, 40):
+            found = runners.step(checkpoint, step_of(step_id, tokens, kind, epoch=1), tokens[0][1])
+            expected = patient.ask(tokens, kind)
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs, err_msg=f"step {step_id}")
+            first, ids = tokens[0]
+            # Now and then another token than the likeliest.
+            token = 11 if step_id % 9 == 0 else likeliest(expected)[0]
+            tokens, kind = {0: (first + len(ids), [token])}, "generated"

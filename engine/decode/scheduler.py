@@ -44,7 +44,7 @@ from engine.decode.sequence import Sequence
 from engine.decode.slots import Held, Slots, without_copies
 from engine.decode.speculation import StepTimes
 from engine.decode.verification import take_tokens
-from engine.errors import EngineError, PlanError, WorkerLost
+from engine.errors import CacheFull, EngineError, PlanError, WorkerLost
 from engine.model.batch import StepKind
 from engine.model.view import can_truncate
 from engine.plan.plan import Plan
@@ -89,7 +89,7 @@ class Scheduler:
 
         Args:
             make_coordinator: called in the scheduler's thread, which then owns the result: once
-                for the model, once for a draft model.
+                for the model, once for a draft model. What it raises is raised here.
         """
         self._commands: queue.SimpleQueue[_PutPlan | _Submit | _DropPlan | _Cancel | None] = (
             queue.SimpleQueue()
@@ -118,11 +118,14 @@ class Scheduler:
         self._started = threading.Event()
         self._coordinator: Coordinator
         self._draft_model: DraftModel
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(
             target=self._main, args=(make_coordinator,), name="scheduler", daemon=True
         )
         self._thread.start()
         self._started.wait()
+        if self._failure is not None:
+            raise self._failure
 
     # ---- any thread --------------------------------------------------------------------------
 
@@ -175,14 +178,19 @@ class Scheduler:
     # ---- the thread --------------------------------------------------------------------------
 
     def _main(self, make_coordinator: Callable[[], Coordinator]) -> None:
-        self._coordinator = make_coordinator()
-        self._draft_model = DraftModel(
-            make_coordinator(),
-            lambda: self._should_end,
-            self._listener.on_draft_lost,
-            self._listener.on_step_sent,
-        )
-        self._started.set()
+        try:
+            self._coordinator = make_coordinator()
+            self._draft_model = DraftModel(
+                make_coordinator(),
+                lambda: self._should_end,
+                self._listener.on_draft_lost,
+                self._listener.on_step_sent,
+            )
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
         try:
             while not self._should_end:
                 try:
@@ -438,6 +446,9 @@ class Scheduler:
         """A step was not computed: it may have come to some devices, or to none."""
         self._operations = take_back(works)
         self._ask_again(step.operations)
+        if isinstance(error, CacheFull) and (dropped := self._slots.drop_kept()):
+            self._operations += dropped  # Somebody waits, and nobody may ever ask for these again.
+            return
         if any(operation.action == "copy" for operation in step.operations):
             return  # Perhaps there is no memory for a copy: what it holds is computed instead.
         if len(works) == 1:

@@ -104,6 +104,12 @@ class Slots:
             operations.append(SlotOperation(action="free", slot=oldest))
         return operations
 
+    def drop_kept(self) -> list[SlotOperation]:
+        """Their memory is needed: forget the conversations whose sequences have ended."""
+        dropped = [SlotOperation(action="free", slot=slot) for slot in self._kept]
+        self._kept.clear()
+        return dropped
+
     def free(self, slot: int) -> list[SlotOperation]:
         """A sequence ended, and what its slot holds is not known."""
         self._taken.discard(slot)

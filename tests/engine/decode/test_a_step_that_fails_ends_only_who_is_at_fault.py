@@ -98,6 +98,38 @@ def test_an_answer_that_needs_more_memory_than_there_is_ends_alone(
     running.assert_answered(4, 12)
 
 
+@pytest.mark.parametrize("full", [DEVICES[:1], DEVICES[1:], DEVICES])
+def test_a_conversation_that_has_ended_gives_its_memory_to_one_that_waits(
+    running: Running, memory: Memory, full: tuple[str, ...]
+) -> None:
+    """The new one ended with an error, while the memory held what nobody was waiting for."""
+    running.ask(1, SYSTEM + "tell me of the sea", 2)
+    running.assert_answered(1, 2)
+    refusals: list[str] = []
+
+    def refuse_once(thread: str) -> int | None:
+        if thread not in full or thread in refusals:
+            return None
+        refusals.append(thread)
+        return 0
+
+    memory.say = refuse_once
+    running.ask(2, "q" * 400, 3)
+    running.assert_answered(2, 3)
+    assert sorted(refusals) == list(full)
+    running.ask(3, SYSTEM + "tell me of the sea", 2)
+    assert running.assert_answered(3, 2).num_reused == 0
+    # Where that does not help, the request is told; once, and nobody else.
+    memory.say = lambda thread: 0 if thread in full else None
+    running.ask(4, "p" * 700, 3)
+    error = running.heard.end(4)
+    assert isinstance(error, CacheFull)
+    assert "positions need" in str(error)
+    memory.say = lambda _thread: None
+    running.ask(5, "p" * 700, 3)
+    running.assert_answered(5, 3)
+
+
 def test_a_copy_that_fails_while_its_step_is_given_up_is_not_counted_on(
     running: Running, memory: Memory
 ) -> None:

@@ -11,6 +11,7 @@ computed. So no answer depends on a guess, only how soon it comes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,43 @@ from engine.errors import EngineError
 from engine.kernels.torch_kernels import Batch
 from engine.model.shard import ModelShard
 
-# Guesses in a row that must have come true before a step is computed on one: a wrong one keeps the
-# step that is asked for waiting.
-MIN_RIGHT = 3
+# A guess is no reason to fail: whoever asks for the step is told what is wrong.
+_FAILURES = (EngineError, RuntimeError, MemoryError)
 # What a step may take: so long may wait whoever asks for another one.
 MOST_SECONDS = 0.05
+# How much the guesses before count with each new one.
+_KEPT = 0.98
+
+
+class Worth:
+    """Whether going on pays: a wrong guess keeps the step that is asked for waiting."""
+
+    def __init__(self) -> None:
+        """Nothing is known, and nothing is worth it."""
+        self._num_right = self._num_wrong = 0.0
+        self._pause: float | None = None
+
+    def note_pause(self, seconds: float) -> None:
+        """How long nobody asked for anything after an answer, with nothing computed meanwhile."""
+        if seconds < MOST_SECONDS:  # Else the next step was another answer's.
+            self._pause = seconds if self._pause is None else 0.8 * self._pause + 0.2 * seconds
+
+    def note_guess(self, *, is_right: bool) -> None:
+        """Whether a guess came true, computed or not."""
+        self._num_right = _KEPT * self._num_right + is_right
+        self._num_wrong = _KEPT * self._num_wrong + (not is_right)
+
+    def expects_gain(self, step_seconds: float) -> bool:
+        """Whether a step of so many seconds should be computed on the next guess.
+
+        A right guess saves the pause, or the step if that is shorter; a wrong one costs what of the
+        step goes on after the pause.
+        """
+        if self._pause is None or step_seconds > MOST_SECONDS:
+            return False
+        chance = (self._num_right + 1) / (self._num_right + self._num_wrong + 2)
+        saved = min(self._pause, step_seconds)
+        return chance * saved > (1 - chance) * (step_seconds - saved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +85,8 @@ class Ahead:
         self._batch: Batch | None = None
         self._rows: torch.Tensor | None = None
         self._computed: Computed | None = None
-        self._num_right = 0
+        self._worth = Worth()
+        self._answered_ns = 0
 
     @property
     def is_done(self) -> bool:
@@ -66,30 +100,31 @@ class Ahead:
             batch: the step after it, of one token for each of its segments.
             likeliest: these tokens.
         """
-        self._batch = batch
-        self._rows = self._shard.tied_rows(likeliest)
+        self._answered_ns = time.perf_counter_ns()
+        with contextlib.suppress(*_FAILURES):
+            self._rows = self._shard.tied_rows(likeliest)
+            self._batch = batch
 
     def compute(self, last_ns: int) -> None:
-        """Compute the step that was guessed, unless it is in doubt or takes long.
+        """Compute the step that was guessed, if that is worth it and can be undone.
 
         Args: last_ns: what the last one took.
         """
         batch, rows, shard = self._batch, self._rows, self._shard
-        is_sure = self._num_right >= MIN_RIGHT and last_ns < MOST_SECONDS * 1e9
-        if batch is None or rows is None or not is_sure:
+        if batch is None or rows is None or not self._worth.expects_gain(last_ns / 1e9):
             return
         if not shard.cache.can_take_back(batch.segments):
             return
         started = time.perf_counter_ns()
-        batch = shard.batch(batch.kind, batch.segments)
         row, head_row, x, logits = 0, shard.plan.shape.head_row, rows, None
         try:
+            batch = shard.batch(batch.kind, batch.segments)
             while row < head_row:
                 x, row, logits = shard.advance(row, head_row, x, batch, range(len(rows)))
             if logits is None:
                 logits = shard.logits(x)
-        except (EngineError, RuntimeError, MemoryError):
-            shard.cut_back(batch)  # Whoever asks for the step is told why.
+        except _FAILURES:
+            shard.cut_back(batch)
             return
         self._computed = Computed(batch, logits, time.perf_counter_ns() - started)
 
@@ -106,7 +141,10 @@ class Ahead:
             and tensors[0].dtype == np.float32
             and np.array_equal(tensors[0], rows.numpy())
         )
-        self._num_right = self._num_right + 1 if is_right else 0
+        if rows is not None:
+            if self._computed is None:
+                self._worth.note_pause((time.perf_counter_ns() - self._answered_ns) / 1e9)
+            self._worth.note_guess(is_right=is_right)
         if not is_right and (computed := self.take()) is not None:
             self._shard.cut_back(computed.batch)
 

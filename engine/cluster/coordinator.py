@@ -61,6 +61,7 @@ class LoadRequest(NamedTuple):
         checkpoint_id: another one for every change of the checkpoint's files or tensors.
         files: of the checkpoint, as each device is told of them.
         hashes_path: where the checkpoint's content hashes are kept; None to keep none.
+        may_go_ahead: as in `messages.Load`.
     """
 
     epoch: int
@@ -76,6 +77,7 @@ class LoadRequest(NamedTuple):
     source: WeightSource
     files: Mapping[str, tuple[m.LocalFile, ...]] = {}
     hashes_path: Path | None = None
+    may_go_ahead: bool = True
 
 
 class PlanLoaded(NamedTuple):
@@ -199,6 +201,7 @@ class Coordinator:
                 peers=peers,
                 rendezvous=addresses[used[0]].rendezvous,
                 files=request.files.get(device, ()),
+                may_go_ahead=request.may_go_ahead,
             )
             loads[device] = load
         loaded: dict[str, m.Loaded] = {}
@@ -266,6 +269,7 @@ class Coordinator:
         embeddings: m.Array | None,
         should_abort: Callable[[], bool],
         on_sent: Callable[[], None],
+        on_row: Callable[[int], None] = lambda _row: None,
     ) -> list[DeviceAnswer]:
         """Send a step to all devices of the plan and wait for all answers.
 
@@ -273,6 +277,7 @@ class Coordinator:
             embeddings: float32 [T, width]; goes to the devices of the first row.
             should_abort: asked now and then while waiting.
             on_sent: called once all devices have the step to compute.
+            on_row: called with a row of the plan that a device has come to, in a long step.
         Returns: one answer per device, in device order.
         Raises:
             WorkerLost, EngineError: names the device and its layers; the epoch is aborted.
@@ -293,7 +298,7 @@ class Coordinator:
                 self.abort()
                 raise
         on_sent()
-        return self._gather([plan.devices[i] for i in used], step.step_id, should_abort)
+        return self._gather([plan.devices[i] for i in used], step.step_id, should_abort, on_row)
 
     def fetch_logits(self, step_id: int) -> list[DeviceAnswer]:
         """The full logits of the last step, one answer per device of the output head."""
@@ -344,7 +349,11 @@ class Coordinator:
         return describe_rows(plan, plan.devices.index(device))
 
     def _gather(
-        self, devices: list[str], step_id: int, should_abort: Callable[[], bool]
+        self,
+        devices: list[str],
+        step_id: int,
+        should_abort: Callable[[], bool],
+        on_row: Callable[[int], None] = lambda _row: None,
     ) -> list[DeviceAnswer]:
         assert self._request is not None
         plan, epoch = self._request.plan, self._request.epoch
@@ -375,6 +384,7 @@ class Coordinator:
                                 f"{device} says more often that it goes on than a step has rows"
                             )
                         deadline = time.monotonic() + STEP_SECONDS
+                        on_row(min(message.row, plan.shape.head_row))
                     elif isinstance(message, m.Failed) and message.step_id in (0, step_id):
                         self._take_failure(device, message, step_id)
                     elif isinstance(message, m.StepAnswer) and message.step_id == step_id:

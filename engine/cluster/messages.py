@@ -255,6 +255,8 @@ class Load(Message, frozen=True):
     Attributes:
         files: of the checkpoint, in its order.
         rendezvous: where the devices of a plan with transport "torch" meet, "ADDRESS:PORT".
+        may_go_ahead: whether a device that computes everything may begin the likeliest next step
+            before it is asked for.
     """
 
     epoch: Count
@@ -270,6 +272,7 @@ class Load(Message, frozen=True):
     peers: tuple[Peer, ...]
     files: tuple[LocalFile, ...] = ()
     rendezvous: str = ""
+    may_go_ahead: bool = True
 
 
 class HashesRequest(Message, frozen=True):

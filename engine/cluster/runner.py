@@ -446,7 +446,9 @@ class Runner:
                 add,
                 checks_numbers=self._checks_numbers,
             )
-        self._stepping = Stepping(shard, exchange, device, self._between_rows)
+        self._stepping = Stepping(
+            shard, exchange, device, self._between_rows, may_go_ahead=load.may_go_ahead
+        )
         return self._stepping
 
     def _disconnect(self) -> None:

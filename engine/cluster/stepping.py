@@ -40,8 +40,15 @@ class Stepping:
         exchange: Collective,
         device: torch.device,
         between_rows: Callable[[int, StepKind], None],
+        *,
+        may_go_ahead: bool = True,
     ) -> None:
-        """Args: between_rows: called before each row with its index; raises to give the step up."""
+        """Begin an epoch.
+
+        Args:
+            between_rows: called before each row with its index; raises to give the step up.
+            may_go_ahead: whether a step may be computed before it is asked for.
+        """
         self.shard = shard
         self.exchange = exchange
         self._device = device
@@ -55,7 +62,7 @@ class Stepping:
         self._has_first, self._has_head = (index in plan.group(n) for n in (0, self._head_row))
         self._first_id, self._end_id = plan.unit_range(self._head_row, index)
         is_alone = plan.used_devices() == (index,) and shard.is_native
-        self._ahead = Ahead(shard) if is_alone else None
+        self._ahead = Ahead(shard) if is_alone and may_go_ahead else None
         self._likeliest: list[int] = []
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
@@ -102,13 +109,12 @@ class Stepping:
         heads = [stream for stream in streams if stream is not None]
         if not heads:
             return []
-        started = time.perf_counter_ns()
         # Where one piece is all there is, its last rows may have brought them.
         if self._last_logits is None or len(pieces) > 1:
+            started = time.perf_counter_ns()
             self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
-        answer = self._answer_tensors(step.logits, self._last_logits)
-        exchange.counters.compute_ns += time.perf_counter_ns() - started
-        return answer
+            exchange.counters.compute_ns += time.perf_counter_ns() - started
+        return self._answer_tensors(step.logits, self._last_logits)
 
     def hear(self, step: m.Step, tensors: list[m.Array]) -> None:
         """Before the slots of a step are changed: see whether it was guessed."""
@@ -237,10 +243,13 @@ class Stepping:
         return x
 
     def _answer_tensors(self, wanted: m.LogitsWanted, logits_NV: torch.Tensor) -> list[m.Array]:
+        started = time.perf_counter_ns()
         if wanted.form == "full":
-            return [logits_NV.float().cpu().numpy()]
-        answer = short_form(logits_NV, wanted, self._first_id)
-        self._likeliest = answer[0][:, 0].tolist()
+            answer = [logits_NV.float().cpu().numpy()]
+        else:
+            answer = short_form(logits_NV, wanted, self._first_id)
+            self._likeliest = answer[0][:, 0].tolist()
+        self.exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
 
 

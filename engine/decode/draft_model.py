@@ -27,6 +27,7 @@ from engine.decode.draft_rule import MOST_GUESSED, DraftRule
 from engine.decode.drafting import MODEL_SOURCE, Draft
 from engine.decode.gather import gather_candidates
 from engine.decode.listener import EmbeddingSource
+from engine.decode.pace import SHARED, StepCost, next_size
 from engine.decode.sequence import Sequence
 from engine.decode.slots import Held, Slots, common_length
 from engine.decode.speculation import Acceptance, StepTimes
@@ -39,8 +40,7 @@ logger = logging.getLogger(__name__)
 # Fewer tokens than these are read together with the step that guesses.
 MOST_BEHIND = 8
 # Neighbours and a cancel wait for a piece of a conversation to be read.
-PIECE_SECONDS = 0.15
-FIRST_PIECE = 64
+READING = SHARED._replace(first=64)
 
 
 class DraftPlan(NamedTuple):
@@ -340,9 +340,7 @@ class DraftModel:
 
     def _piece(self) -> int:
         """Tokens of conversations to read in one step."""
-        each = self._rule.read_seconds(1)
-        size = FIRST_PIECE if each is None else int(PIECE_SECONDS / max(each, 1e-9))
-        return min(max(size, MOST_BEHIND), LONGEST_STEP)
+        return min(max(int(next_size(self._read_cost, READING)), MOST_BEHIND), LONGEST_STEP)
 
     def _feed(
         self,
@@ -358,6 +356,7 @@ class DraftModel:
         num_tokens = sum(len(ids) for ids in feed.values())
         if kind == "prompt":
             self._rule.note_read(num_tokens, seconds)
+            self._read_cost.note(num_tokens, seconds)
         else:
             self._rule.times.note(num_tokens, seconds)
         for n, ids in feed.items():
@@ -409,7 +408,7 @@ class DraftModel:
         place = _Place(0, [], 0, 0, False, Acceptance())
         kinds: tuple[StepKind, ...] = ("prompt", "generated")
         for kind in kinds:
-            ids = [0] * (FIRST_PIECE // 2 if kind == "prompt" else 1)
+            ids = [0] * (READING.first // 2 if kind == "prompt" else 1)
             self._step(kind, [(place, ids)])
             place.held += ids
         self._operations.append(m.SlotOperation(action="free", slot=place.slot))
@@ -426,6 +425,7 @@ class DraftModel:
         self._operations: list[m.SlotOperation] = []
         self._slots = Slots(0, lambda _written, _length: False)
         self._rule = DraftRule()
+        self._read_cost = StepCost()
         self._step_id = 0
 
 

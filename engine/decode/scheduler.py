@@ -118,7 +118,7 @@ class Scheduler:
         self._started = threading.Event()
         self._coordinator: Coordinator
         self._draft_model: DraftModel
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(
             target=self._main, args=(make_coordinator,), name="scheduler", daemon=True
         )
@@ -186,7 +186,7 @@ class Scheduler:
                 self._listener.on_draft_lost,
                 self._listener.on_step_sent,
             )
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - raised where the scheduler is made
             self._failure = error
             return
         finally:
@@ -399,9 +399,19 @@ class Scheduler:
         def nobody_wants_it() -> bool:
             return self._should_end or (bool(everyone) and everyone <= self._cancelled)
 
+        num_rows, furthest = load.plan.shape.num_rows, 0
+
+        def tell_progress(row: int) -> None:
+            nonlocal furthest
+            furthest = max(furthest, row)
+            for work in works if kind == "prompt" else ():
+                sequence = work.sequence
+                done = sequence.num_computed + work.count * furthest // num_rows
+                sequence.on_prefill(done, sequence.num_prompt)
+
         try:
             answers = self._coordinator.step(
-                step, rows, nobody_wants_it, self._listener.on_step_sent
+                step, rows, nobody_wants_it, self._listener.on_step_sent, tell_progress
             )
         except StepAborted:
             for work in works:

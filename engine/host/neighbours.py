@@ -312,6 +312,8 @@ class Neighbours:
         connection = node.connection()
         silence = now - node.heard_at
         if connection not in ("connecting", "open"):
+            if node.has_news():  # Often why it hangs up.
+                return
             if connection == "refused" and node.token is not None and not node.is_enrolling:
                 node.disconnect()
                 node.is_enrolling = True

@@ -183,6 +183,10 @@ class Node:
         """How the line stands; that of a child is always "open"."""
         return self._watch.connection() if self._watch is not None else "open"
 
+    def has_news(self) -> bool:
+        """Whether the worker has said something that nobody has heard yet."""
+        return self.channel is not None and self.channel.has_message()
+
     def sockets(self) -> list[zmq.Socket[Any]]:
         """To poll."""
         sockets = [self.channel.socket] if self.channel is not None else []

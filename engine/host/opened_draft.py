@@ -104,6 +104,8 @@ class OpenedDraft:
             tensors=tuple(self.checkpoint.tensors.values()),
             source=self.checkpoint,
             files={DRAFT_DEVICE: describe_files(self.checkpoint.files, True)},
+            # After its last guess the big model computes, perhaps on the same cores.
+            may_go_ahead=False,
         )
 
     def close(self) -> None:

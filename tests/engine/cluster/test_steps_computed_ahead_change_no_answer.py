@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.ahead import MIN_RIGHT
+from engine.cluster.ahead import MOST_SECONDS, Worth
 from engine.cluster.lockstep import Lockstep
 from engine.cluster.stepping import Stepping
 from engine.errors import ConfigError
@@ -83,6 +84,8 @@ class Device:
         self._step_id += 1
         step = step_of(self._step_id, tokens, kind, operations)
         rows = self._checkpoint.embed([i for _, ids in tokens.values() for i in ids])
+        # What the host takes to think: longer than a step of so small a model.
+        time.sleep(0.002)
         self.stepping.exchange.begin_step(step.step_id, kind)
         self.stepping.hear(step, [rows])
         self.stepping.change_slots(operations)
@@ -167,20 +170,36 @@ def both(checkpoint: Checkpoint) -> Iterator[Both]:
 
 def test_greedy_tokens_are_computed_before_they_are_asked_for(both: Both) -> None:
     (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
-    # Nothing is guessed after a prompt, and so many guesses are watched first.
-    token = both.go_on(0, 20, token, MIN_RIGHT)
-    assert both.num_ahead == 0
-    token = both.go_on(0, 20 + MIN_RIGHT, token, 5)
-    assert both.num_ahead == 5
-    # A wrong guess: they are watched again.
-    both.go_on(0, 25 + MIN_RIGHT, token + 1, MIN_RIGHT)
-    assert both.num_ahead == 5
+    both.go_on(0, 20, token, 60)
+    assert both.num_ahead > 0
+
+
+def test_it_is_done_where_it_pays() -> None:
+    step, pause = 0.008, 0.002
+    worth = Worth()
+    assert not worth.expects_gain(step)  # Nothing is known of the pause.
+    worth.note_pause(pause)
+    worth.note_pause(10.0)  # Somebody read the answer first.
+    assert not worth.expects_gain(step)  # Three of four must come true.
+    for _ in range(3):
+        worth.note_guess(is_right=True)
+    assert worth.expects_gain(step)
+    assert not worth.expects_gain(0.03)
+    assert worth.expects_gain(pause / 2)  # Shorter than the pause: a wrong guess costs nothing.
+    for _ in range(60):
+        worth.note_guess(is_right=True)
+    assert worth.expects_gain(0.03)
+    assert not worth.expects_gain(MOST_SECONDS * 1.01)
+    # Drawn tokens: every fifth is another one.
+    for n in range(100):
+        worth.note_guess(is_right=n % 5 > 0)
+    assert worth.expects_gain(step)
+    assert not worth.expects_gain(0.03)
 
 
 def test_what_was_computed_in_vain_leaves_nothing(both: Both) -> None:
     token, other = likeliest(both.ask({0: (0, IDS[:20]), 1: (0, IDS[30:64])}, "prompt"))
     token = both.go_on(0, 20, token, 8)
-    assert both.num_ahead
     # Another token comes, then three at once, then another slot's, then a prompt's.
     both.go_on(0, 28, token + 1, 8)
     (token,) = likeliest(both.ask({0: (36, IDS[70:73])}))
@@ -198,7 +217,7 @@ def test_what_was_computed_in_vain_leaves_nothing(both: Both) -> None:
     begun = both.ask({1: (0, IDS[5:9])}, "prompt", (operation("free", 1),))
     num_before = both.num_ahead
     both.go_on(1, 4, likeliest(begun)[0], 8)
-    assert both.num_ahead > num_before
+    assert both.num_ahead > num_before > 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -229,7 +248,7 @@ def test_no_order_of_steps_changes_a_bit(both: Both, seed: int) -> None:
                 lengths[slot], following[slot] = first + len(ids), token
             tokens = {slot: (lengths[slot], [following[slot]]) for slot in tokens}
             kind, operations = "generated", ()
-    assert both.num_ahead > 100
+    assert both.num_ahead > 0
 
 
 def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:
@@ -240,7 +259,7 @@ def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:
     first = LONGEST_STEP + 40
     token = both.go_on(0, first, token, capacity - first)
     num_before = both.num_ahead
-    assert num_before > 10
+    assert num_before > 0
     both.go_on(0, capacity, token, 8)
     assert both.num_ahead == num_before
 

@@ -192,7 +192,7 @@ class Running:
         count: int,
         *,
         on_text: Callable[[], None] = lambda: None,
-        on_prefill: Callable[[], None] = lambda: None,
+        on_prefill: Callable[[int], None] = lambda _done: None,
         speculation: api.Speculation = "auto",
     ) -> None:
         """Submit a request; the callbacks are called in the scheduler's thread."""
@@ -208,7 +208,7 @@ class Running:
             call,
             self.model.prompt_ids(call),
             lambda _id, _text: on_text(),
-            lambda _done, _total: on_prefill(),
+            lambda done, _total: on_prefill(done),
             lambda: False,
         )
         self.scheduler.submit(sequence)

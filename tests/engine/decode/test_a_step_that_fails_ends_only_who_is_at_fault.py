@@ -149,7 +149,7 @@ def test_a_copy_that_fails_while_its_step_is_given_up_is_not_counted_on(
         running.heard.end(2)
         return 0
 
-    def ask_for_a_copy() -> None:
+    def ask_for_a_copy(_done: int) -> None:
         nonlocal has_asked
         if not has_asked:
             has_asked = True

@@ -29,7 +29,7 @@ class PieceRule(NamedTuple):
         seconds: that it takes, or
         work: what its tokens take, in parts of what every piece does: whichever is longer.
         first: tokens, before anything is known.
-        growth: how many times as many tokens as the last one it has, at most.
+        growth: how many times as many tokens as one of the latest it has, at most.
     """
 
     seconds: float
@@ -59,12 +59,12 @@ class StepCost:
     A straight line through the latest steps, the older ones counting less.
 
     Attributes:
-        last_size: tokens of the last step; 0 before the first.
+        large_size: tokens of about the longest of the latest steps; 0 before the first.
     """
 
     def __init__(self) -> None:
         """Nothing is known."""
-        self.last_size = 0
+        self.large_size = 0.0
         self._weight = self._tokens = self._seconds = 0.0
         self._square = self._product = 0.0
         # What a step takes without tokens, in tokens' times; None until sizes differ.
@@ -72,11 +72,12 @@ class StepCost:
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """Take note of a step of at least one token."""
-        self.last_size = num_tokens
-        sums = (1.0, num_tokens, seconds, num_tokens**2, num_tokens * seconds)
-        old = (self._weight, self._tokens, self._seconds, self._square, self._product)
-        kept = [_KEPT * before + new for before, new in zip(old, sums, strict=True)]
-        self._weight, self._tokens, self._seconds, self._square, self._product = kept
+        self.large_size = max(num_tokens, _KEPT * self.large_size)
+        self._weight = _KEPT * self._weight + 1.0
+        self._tokens = _KEPT * self._tokens + num_tokens
+        self._seconds = _KEPT * self._seconds + seconds
+        self._square = _KEPT * self._square + num_tokens**2
+        self._product = _KEPT * self._product + num_tokens * seconds
         mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
         spread = self._square / self._weight - mean**2
         if spread > (_MIN_SPREAD * mean) ** 2:
@@ -100,14 +101,14 @@ class StepCost:
 
 def next_size(cost: StepCost, rule: PieceRule) -> float:
     """Tokens of the next step."""
-    if not cost.last_size:
+    if not cost.large_size:
         return rule.first
     # A second size tells what a piece costs however short it is.
     if not cost.is_known:
-        return 2 * cost.last_size
+        return 2 * cost.large_size
     fixed, each = cost.fixed_and_each()
     size = max((rule.seconds - fixed) / each, rule.work * fixed / each)
-    return min(size, max(rule.growth * cost.last_size, rule.first))
+    return min(size, max(rule.growth * cost.large_size, rule.first))
 
 
 class Pace:

@@ -28,6 +28,10 @@ from engine.model.shard import ModelShard
 _FAILURES = (EngineError, RuntimeError, MemoryError)
 # What a step may take: so long may wait whoever asks for another one.
 MOST_SECONDS = 0.05
+# Whatever is saved: what is computed in vain takes time from whoever else computes here.
+LEAST_CHANCE = 0.6
+# Of so many guesses one is only watched.
+LOOK_EVERY = 32
 # How much the guesses before count with each new one.
 _KEPT = 0.98
 
@@ -38,15 +42,22 @@ class Worth:
     def __init__(self) -> None:
         """Nothing is known, and nothing is worth it."""
         self._num_right = self._num_wrong = 0.0
+        self._num_guesses = 0
         self._pause: float | None = None
 
     def note_pause(self, seconds: float) -> None:
         """How long nobody asked for anything after an answer, with nothing computed meanwhile."""
-        if seconds < MOST_SECONDS:  # Else the next step was another answer's.
-            self._pause = seconds if self._pause is None else 0.8 * self._pause + 0.2 * seconds
+        if seconds >= MOST_SECONDS:
+            return  # The next step was another answer's.
+        # Others' load only ever adds.
+        if self._pause is None or seconds < self._pause:
+            self._pause = seconds
+        else:
+            self._pause += 0.2 * (seconds - self._pause)
 
     def note_guess(self, *, is_right: bool) -> None:
         """Whether a guess came true, computed or not."""
+        self._num_guesses += 1
         self._num_right = _KEPT * self._num_right + is_right
         self._num_wrong = _KEPT * self._num_wrong + (not is_right)
 
@@ -54,13 +65,15 @@ class Worth:
         """Whether a step of so many seconds should be computed on the next guess.
 
         A right guess saves the pause, or the step if that is shorter; a wrong one costs what of the
-        step goes on after the pause.
+        step goes on after the pause. Now and then nothing is computed, to see the pause again.
         """
-        if self._pause is None or step_seconds > MOST_SECONDS:
+        is_look = self._num_guesses % LOOK_EVERY == 0
+        if self._pause is None or is_look or step_seconds > MOST_SECONDS:
             return False
         chance = (self._num_right + 1) / (self._num_right + self._num_wrong + 2)
         saved = min(self._pause, step_seconds)
-        return chance * saved > (1 - chance) * (step_seconds - saved)
+        gain, loss = chance * saved, (1 - chance) * (step_seconds - saved)
+        return chance >= LEAST_CHANCE and gain > loss
 
 
 @dataclass(frozen=True, slots=True)

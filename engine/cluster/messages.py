@@ -19,7 +19,7 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 # Full logits of one step; the short form has a step compute as many.
 MAX_LOGITS_BYTES = 128 << 20
 # Raw logits in the short form of an answer, per position and vocabulary shard.

@@ -42,21 +42,26 @@ class PieceRule(NamedTuple):
 SHARED = PieceRule(0.15, 1.0, 32, 2.0)
 # A cancel is heard between two rows, and who comes meanwhile waits for one piece.
 LONE = PieceRule(1.0, 4.0, 64, 4.0)
-# Full logits travel in one message: 16 rows of a vocabulary of 128 k are 8 MB.
-MAX_LOGITS_PIECE = 16
+# Full logits of a piece travel in one message: 65 rows of a vocabulary of 128 k.
+MAX_LOGITS_PIECE_BYTES = 32 << 20
 REPORT_SECONDS = 0.125
 # How much the steps before count with each new one.
 _KEPT = 0.8
 # Of the mean size, how far sizes must be apart to tell anything: measured times are noisy.
 _MIN_SPREAD = 0.3
-# Of a step of the mean size, what is paid for without any token, at most in its tokens' times.
-_MOST_FIXED = 9.0
+# Of a step of the mean size, what is paid for without any token, at most.
+_MOST_FIXED = 0.9
+# A step that takes more times what was expected says more of the computer than of the step.
+_MOST_SURPRISE = 2.0
+# Steps after which another size is tried again: one wrong line must not last.
+_LOOK_EVERY = 16
 
 
 class StepCost:
     """What a step takes whatever it holds, and what each token adds, from steps of several sizes.
 
-    A straight line through the latest steps, the older ones counting less.
+    A straight line through the latest steps, the older ones counting less. The first step of all
+    counts for nothing: it touches new memory.
 
     Attributes:
         large_size: tokens of about the longest of the latest steps; 0 before the first.
@@ -65,14 +70,22 @@ class StepCost:
     def __init__(self) -> None:
         """Nothing is known."""
         self.large_size = 0.0
+        self._first: tuple[int, float] | None = None
         self._weight = self._tokens = self._seconds = 0.0
         self._square = self._product = 0.0
-        # What a step takes without tokens, in tokens' times; None until sizes differ.
-        self._ratio: float | None = None
+        # Seconds of a step without tokens; None until sizes differ.
+        self._fixed: float | None = None
+        self._num_alike = 0
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """Take note of a step of at least one token."""
         self.large_size = max(num_tokens, _KEPT * self.large_size)
+        if self._first is None:
+            self._first = num_tokens, seconds
+            return
+        if self.is_known:
+            fixed, each = self.fixed_and_each()
+            seconds = min(seconds, _MOST_SURPRISE * (fixed + num_tokens * each))
         self._weight = _KEPT * self._weight + 1.0
         self._tokens = _KEPT * self._tokens + num_tokens
         self._seconds = _KEPT * self._seconds + seconds
@@ -80,23 +93,25 @@ class StepCost:
         self._product = _KEPT * self._product + num_tokens * seconds
         mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
         spread = self._square / self._weight - mean**2
+        self._num_alike += 1
         if spread > (_MIN_SPREAD * mean) ** 2:
             slope = (self._product / self._weight - mean * mean_seconds) / spread
-            most = _MOST_FIXED * mean
-            ratio = most if slope <= 0 else min(max(mean_seconds / slope - mean, 0.0), most)
-            self._ratio = ratio if self._ratio is None else 0.5 * (self._ratio + ratio)
+            if slope > 0:
+                fixed = min(max(mean_seconds - slope * mean, 0.0), _MOST_FIXED * mean_seconds)
+                self._fixed = fixed if self._fixed is None else 0.5 * (self._fixed + fixed)
+                self._num_alike = 0
 
     @property
     def is_known(self) -> bool:
-        """Whether steps of different sizes were seen."""
-        return self._ratio is not None
+        """Whether steps of different sizes were seen lately."""
+        return self._fixed is not None and self._num_alike < _LOOK_EVERY
 
     def fixed_and_each(self) -> tuple[float, float]:
-        """Seconds of a step without tokens, and of each token; after at least one step."""
-        ratio = self._ratio or 0.0
-        tokens = self._tokens / self._weight + ratio
-        each = max(self._seconds / self._weight, 1e-9) / tokens
-        return ratio * each, each
+        """Seconds of a step without tokens, and of each token; after at least two steps."""
+        mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
+        mean_seconds = max(mean_seconds, 1e-9)
+        fixed = min(self._fixed or 0.0, _MOST_FIXED * mean_seconds)
+        return fixed, (mean_seconds - fixed) / mean
 
 
 def next_size(cost: StepCost, rule: PieceRule) -> float:
@@ -124,15 +139,19 @@ class Pace:
         """Another plan, another speed."""
         self._costs = {"prompt": StepCost(), "generated": StepCost()}
 
-    def piece(self, kind: StepKind, num_together: int, *, is_alone: bool, has_logits: bool) -> int:
+    def piece(
+        self, kind: StepKind, num_together: int, *, is_alone: bool, num_logits: int = 0
+    ) -> int:
         """Tokens of one sequence in the next step.
 
         Args:
             num_together: sequences in that step, at least 1.
             is_alone: whether nobody else waits for it to end.
+            num_logits: of each token, where all of them are wanted.
         """
         size = int(next_size(self._costs[kind], LONE if is_alone else SHARED) / num_together)
-        return min(max(size, MIN_PIECE), MAX_LOGITS_PIECE if has_logits else LONGEST_STEP)
+        most = MAX_LOGITS_PIECE_BYTES // (4 * num_logits) if num_logits else LONGEST_STEP
+        return max(1, min(max(size, MIN_PIECE), most, LONGEST_STEP))
 
     def measure(
         self,

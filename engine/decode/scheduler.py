@@ -8,11 +8,12 @@ as long as measured speed allows in the time that others can wait (`engine.decod
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -125,6 +126,7 @@ class Scheduler:
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
+            self._thread.join()
             raise self._failure
 
     # ---- any thread --------------------------------------------------------------------------
@@ -179,13 +181,16 @@ class Scheduler:
 
     def _main(self, make_coordinator: Callable[[], Coordinator]) -> None:
         try:
-            self._coordinator = make_coordinator()
-            self._draft_model = DraftModel(
-                make_coordinator(),
-                lambda: self._should_end,
-                self._listener.on_draft_lost,
-                self._listener.on_step_sent,
-            )
+            with contextlib.ExitStack() as opened:
+                self._coordinator = make_coordinator()
+                opened.callback(self._coordinator.close)
+                self._draft_model = DraftModel(
+                    make_coordinator(),
+                    lambda: self._should_end,
+                    self._listener.on_draft_lost,
+                    self._listener.on_step_sent,
+                )
+                opened.pop_all()
         except Exception as error:  # noqa: BLE001 - raised where the scheduler is made
             self._failure = error
             return
@@ -293,11 +298,16 @@ class Scheduler:
         )
         listener.on_plan(command.request_id, command.load, loaded)
 
-    def _drop_cancelled(self) -> None:
-        """End what was cancelled, as far as it is known yet."""
-        cancelled = set(self._cancelled)
+    def _drop_cancelled(self, in_step: Collection[int] = ()) -> None:
+        """End what was cancelled, as far as it is known yet.
+
+        Args: in_step: requests that a step on its way computes; their end waits for its.
+        """
+        cancelled = self._cancelled.difference(in_step)
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id in cancelled:
+                # Whether its slot was changed as it should be is not known before the step ends.
+                sequence.is_broken |= bool(in_step)
                 sequence.cancel()
                 self._finish(sequence)
 
@@ -326,11 +336,12 @@ class Scheduler:
         running = self._apart[:1] or self._running
         kind = step_kind(running, self._last_kind)
         if kind == "prompt":
-            limit = self._piece(kind, 1, has_logits=False)
-            works = prompt_works(running, limit, self._piece(kind, 1, has_logits=True))
+            num_logits = self._load.config.vocab_size
+            logits_limit = self._piece(kind, 1, num_logits=num_logits)
+            works = prompt_works(running, self._piece(kind, 1), logits_limit)
         else:
             num_together = sum(s.next_kind == "generated" for s in running)
-            limit = self._piece(kind, max(1, num_together), has_logits=False)
+            limit = self._piece(kind, max(1, num_together))
             vocab_size = self._load.config.vocab_size
             works = generated_works(running, limit)
             self._drafting_seconds = self._draft_model.add_guesses(
@@ -371,9 +382,9 @@ class Scheduler:
             if not sequence.prefill_started:
                 sequence.prefill_started = time.perf_counter()
 
-    def _piece(self, kind: StepKind, num_together: int, *, has_logits: bool) -> int:
+    def _piece(self, kind: StepKind, num_together: int, num_logits: int = 0) -> int:
         is_alone = len(self._running) == 1
-        return self._pace.piece(kind, num_together, is_alone=is_alone, has_logits=has_logits)
+        return self._pace.piece(kind, num_together, is_alone=is_alone, num_logits=num_logits)
 
     def _step(self, kind: StepKind, works: list[Work]) -> None:
         load, embeddings = self._load, self._embeddings
@@ -397,6 +408,8 @@ class Scheduler:
         everyone = {work.sequence.request_id for work in works}
 
         def nobody_wants_it() -> bool:
+            if self._cancelled:  # A piece of another's prompt may take seconds.
+                self._drop_cancelled(everyone)
             return self._should_end or (bool(everyone) and everyone <= self._cancelled)
 
         num_rows, furthest = load.plan.shape.num_rows, 0
@@ -405,9 +418,9 @@ class Scheduler:
             nonlocal furthest
             furthest = max(furthest, row)
             for work in works if kind == "prompt" else ():
-                sequence = work.sequence
-                done = sequence.num_computed + work.count * furthest // num_rows
-                sequence.on_prefill(done, sequence.num_prompt)
+                work.sequence.tell_read(
+                    work.sequence.num_computed + work.count * furthest // num_rows
+                )
 
         try:
             answers = self._coordinator.step(
@@ -446,15 +459,13 @@ class Scheduler:
         for work in works:
             sequence = work.sequence
             if kind == "prompt":
-                sequence.on_prefill(
-                    min(sequence.num_computed, sequence.num_prompt), sequence.num_prompt
-                )
+                sequence.tell_read(sequence.num_computed)
             if sequence.finish_reason is not None:
                 self._finish(sequence)
 
     def _take_failure(self, step: m.Step, works: list[Work], error: EngineError) -> None:
         """A step was not computed: it may have come to some devices, or to none."""
-        self._operations = take_back(works)
+        self._operations = take_back(works) + self._operations
         self._ask_again(step.operations)
         if isinstance(error, CacheFull) and (dropped := self._slots.drop_kept()):
             self._operations += dropped  # Somebody waits, and nobody may ever ask for these again.

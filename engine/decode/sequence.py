@@ -71,6 +71,7 @@ class Sequence:
         num_drafted, num_accepted: guessed tokens that were verified, and that came true.
         num_model_drafted, num_model_accepted: of them, those of a draft model.
         num_decode_steps: steps that chose tokens after the first.
+        num_told: tokens of the prompt that were told to be read.
         is_broken: an aborted step touched its slot.
         on_text: hears each generated id with the text it completed.
     """
@@ -107,6 +108,7 @@ class Sequence:
     num_computed: int = 0
     num_written: int = 0
     num_reused: int = 0
+    num_told: int = 0
     is_broken: bool = False
     text: list[str] = field(default_factory=list[str])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
@@ -146,8 +148,15 @@ class Sequence:
 
     def leave_seat(self) -> None:
         """The cache is gone; everything is to be computed again."""
-        self.slot, self.num_computed, self.num_written = -1, 0, 0
+        self.slot, self.num_computed, self.num_written, self.num_told = -1, 0, 0, 0
         self.is_broken = False
+
+    def tell_read(self, num_done: int) -> None:
+        """Tell how much of the prompt is read; nothing of what is read again after a failed step."""
+        num_done = min(num_done, self.num_prompt)
+        if num_done >= self.num_told:
+            self.num_told = num_done
+            self.on_prefill(num_done, self.num_prompt)
 
     def advance(self, count: int, num_guessed: int = 0) -> None:
         """The next `count` tokens are in the cache, and guesses after them, which do not count."""

@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "dequantize_rows.h"
 #include "panels.h"
 #include "short_floats.h"
 
@@ -201,24 +202,6 @@ static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_
 static inline void write_float(float *out, float value) { *out = value; }
 static inline void write_float(uint16_t *out, float value) { *out = to_bfloat16(value); }
 
-// Row `row` of a group: exact but for one rounding of the minimum's addition. The bytes that a
-// compiler is to make vectors of are first put next to each other.
-static inline void dequantize_row(const Int4Group &group, int64_t row, float values[kGroup]) {
-    uint8_t pairs[kGroup / 2];
-    for (int64_t k = 0; k < 4; ++k) memcpy(pairs + 4 * k, group.quants[k][row], 4);
-    float scale = from_float16(group.scales[row]), minimum = from_float16(group.minimums[row]);
-    for (int64_t j = 0; j < kGroup / 2; ++j) values[j] = scale * (float)(pairs[j] & 15) + minimum;
-    for (int64_t j = 0; j < kGroup / 2; ++j)
-        values[j + kGroup / 2] = scale * (float)(pairs[j] >> 4) + minimum;
-}
-
-static inline void dequantize_row(const Int8Group &group, int64_t row, float values[kGroup]) {
-    int8_t quants[kGroup];
-    for (int64_t k = 0; k < 8; ++k) memcpy(quants + 4 * k, group.quants[k][row], 4);
-    float scale = from_float16(group.scales[row]);
-    for (int64_t j = 0; j < kGroup; ++j) values[j] = scale * (float)quants[j];
-}
-
 static inline void write_floats(float *out, const float *values, int64_t count) {
     memcpy(out, values, (size_t)count * sizeof(float));
 }
@@ -236,9 +219,10 @@ static inline void dequantize_panel(const shardmix_matrix &matrix, const char *p
         int64_t offset = g % per_block * kGroup, left = matrix.block - offset;
         int64_t count = left < kGroup ? left : kGroup;
         T *corner = out + g / per_block * matrix.block + offset;
+        GroupFactors factors = factors_of(groups[g]);
         for (int64_t row = 0; row < rows; ++row) {
             float values[kGroup];
-            dequantize_row(groups[g], row, values);
+            dequantize_row(groups[g], factors.scales[row], factors.minimums[row], row, values);
             write_floats(corner + row * matrix.num_columns, values, count);
         }
     }

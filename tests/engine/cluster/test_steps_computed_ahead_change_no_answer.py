@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.ahead import MOST_SECONDS, Worth
+from engine.cluster.ahead import LOOK_EVERY, MOST_SECONDS, Worth
 from engine.cluster.lockstep import Lockstep
 from engine.cluster.stepping import Stepping
 from engine.errors import ConfigError
@@ -177,24 +177,36 @@ def test_greedy_tokens_are_computed_before_they_are_asked_for(both: Both) -> Non
 def test_it_is_done_where_it_pays() -> None:
     step, pause = 0.008, 0.002
     worth = Worth()
+    worth.note_guess(is_right=True)
     assert not worth.expects_gain(step)  # Nothing is known of the pause.
     worth.note_pause(pause)
     worth.note_pause(10.0)  # Somebody read the answer first.
     assert not worth.expects_gain(step)  # Three of four must come true.
-    for _ in range(3):
+    for _ in range(2):
         worth.note_guess(is_right=True)
     assert worth.expects_gain(step)
     assert not worth.expects_gain(0.03)
-    assert worth.expects_gain(pause / 2)  # Shorter than the pause: a wrong guess costs nothing.
     for _ in range(60):
         worth.note_guess(is_right=True)
     assert worth.expects_gain(0.03)
     assert not worth.expects_gain(MOST_SECONDS * 1.01)
+    # Now and then it looks how long the pause is, and one long one is soon forgotten.
+    looks = 0
+    for _ in range(2 * LOOK_EVERY):
+        worth.note_guess(is_right=True)
+        looks += not worth.expects_gain(step)
+    assert looks == 2
+    worth.note_pause(MOST_SECONDS / 2)
+    worth.note_pause(pause)
     # Drawn tokens: every fifth is another one.
-    for n in range(100):
+    for n in range(101):
         worth.note_guess(is_right=n % 5 > 0)
     assert worth.expects_gain(step)
     assert not worth.expects_gain(0.03)
+    # Whatever a right guess saves, mostly wrong ones are not computed.
+    for _ in range(101):
+        worth.note_guess(is_right=False)
+    assert not worth.expects_gain(pause / 2)
 
 
 def test_what_was_computed_in_vain_leaves_nothing(both: Both) -> None:

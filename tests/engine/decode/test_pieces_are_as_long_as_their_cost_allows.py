@@ -32,7 +32,7 @@ class Machine:
         """Tokens and seconds of each piece."""
         pieces: list[tuple[int, float]] = []
         while num_tokens:
-            size = self.pace.piece("prompt", 1, is_alone=is_alone, has_logits=False)
+            size = self.pace.piece("prompt", 1, is_alone=is_alone)
             size = min(size, num_tokens)
             seconds = (self._fixed + self._each * size) * (1 + self._noise * self._draw.random())
             self.pace.measure("prompt", size, 0, seconds, PLAN, [], [])
@@ -49,7 +49,7 @@ def test_a_prompt_alone_takes_little_longer_than_in_one_piece(
     machine = Machine(fixed, each, noise)
     first = machine.read(512, is_alone=True)
     best = (fixed + 512 * each) * (1 + noise)
-    # Three steps to find out: 32, 64 and the rest in at most two.
+    # It takes three steps of different sizes to find out, and the rest goes into one or two.
     assert sum(seconds for _, seconds in first) <= best + 4 * fixed * (1 + noise) + 1e-9
     later = machine.read(512, is_alone=True)
     assert sum(seconds for _, seconds in later) <= 1.5 * best
@@ -61,13 +61,15 @@ def test_neighbours_wait_as_briefly_as_the_weights_allow(
     fixed: float, each: float, noise: float
 ) -> None:
     machine = Machine(fixed, each, noise)
-    pieces = machine.read(2048, is_alone=False)[2:]
-    longest = max(seconds for _, seconds in pieces)
+    pieces = machine.read(4096, is_alone=False)[3:]
     least = fixed + MIN_PIECE * each
-    assert longest <= max(0.15, 2 * least) * (1 + 2 * noise) + 1e-9
+    allowed = max(0.15, 2 * least) * (1 + 2 * noise) + 1e-9
+    seconds = sorted(seconds for _, seconds in pieces)
+    # Now and then one of another size, in case the line is a wrong one.
+    assert seconds[int(0.85 * len(seconds))] <= allowed
+    assert seconds[-1] <= 2 * allowed
     # And not for ever: nobody gains from more pieces than that.
-    in_all = sum(seconds for _, seconds in pieces)
-    assert in_all <= 3 * (1 + noise) * (fixed + 2048 * each) + 2048 / LONGEST_STEP * fixed
+    assert sum(seconds) <= 3 * (1 + noise) * (4096 * each + 4096 / LONGEST_STEP * fixed) + fixed
 
 
 def test_nothing_is_known_of_a_new_plan() -> None:
@@ -76,22 +78,50 @@ def test_nothing_is_known_of_a_new_plan() -> None:
     machine.pace.forget()
     kinds: tuple[StepKind, ...] = ("prompt", "generated")
     for kind in kinds:
-        assert machine.pace.piece(kind, 1, is_alone=True, has_logits=False) == LONE.first
-        assert machine.pace.piece(kind, 1, is_alone=False, has_logits=False) == SHARED.first
-        assert machine.pace.piece(kind, 99, is_alone=False, has_logits=False) == MIN_PIECE
+        assert machine.pace.piece(kind, 1, is_alone=True) == LONE.first
+        assert machine.pace.piece(kind, 1, is_alone=False) == SHARED.first
+        assert machine.pace.piece(kind, 99, is_alone=False) == MIN_PIECE
+
+
+def test_full_logits_of_a_piece_fit_into_a_message() -> None:
+    pace = Machine(0.002, 0.0001, 0.0).pace
+    for _ in range(9):
+        size = pace.piece("prompt", 1, is_alone=True)
+        pace.measure("prompt", size, 0, 0.002 + 0.0001 * size, PLAN, [], [])
+    assert pace.piece("prompt", 1, is_alone=True) == LONGEST_STEP
+    for vocab_size in (256, 49_152, 262_144, 1 << 24):
+        size = pace.piece("prompt", 1, is_alone=True, num_logits=vocab_size)
+        assert 1 <= size <= LONGEST_STEP
+        assert size == 1 or 4 * size * vocab_size <= 32 << 20
 
 
 def test_a_line_through_exact_times_is_found() -> None:
     cost = StepCost()
-    for size in (32, 64, 200):
+    cost.note(32, 99.0)  # The first step of a plan is like no other.
+    assert not cost.is_known
+    for size in (64, 200):
         cost.note(size, 1.5 + 0.02 * size)
+    assert cost.is_known
     fixed, each = cost.fixed_and_each()
     assert fixed == pytest.approx(1.5)
     assert each == pytest.approx(0.02)
-    # Steps of one size tell nothing new of the slope, and keep its share.
+    for _ in range(20):
+        cost.note(100, 3.5)
+    # Deep in a conversation tokens become dearer, and what every step does does not.
     for _ in range(50):
-        cost.note(100, 2 * (1.5 + 0.02 * 100))
+        cost.note(100, 6.5)
     fixed, each = cost.fixed_and_each()
-    assert fixed + 100 * each == pytest.approx(7.0, rel=1e-3)
-    assert fixed > 0
-    assert each > 0
+    assert fixed == pytest.approx(1.5)
+    assert each == pytest.approx(0.05, rel=1e-3)
+    assert not cost.is_known  # Another size is to be tried.
+
+
+def test_one_slow_step_does_not_last() -> None:
+    """With sizes all alike, nothing told that a line was wrong."""
+    fixed, each = 1.1, 0.0155
+    machine = Machine(fixed, each, 0.0)
+    machine.read(64, is_alone=True)
+    machine.pace.measure("prompt", 128, 0, 30.0, PLAN, [], [])
+    machine.read(2000, is_alone=True)
+    later = machine.read(2000, is_alone=True)
+    assert sum(seconds for _, seconds in later) <= 2 * (fixed + 2000 * each)

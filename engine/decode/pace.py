@@ -42,8 +42,9 @@ class PieceRule(NamedTuple):
 SHARED = PieceRule(0.15, 1.0, 32, 2.0)
 # A cancel is heard between two rows, and who comes meanwhile waits for one piece.
 LONE = PieceRule(1.0, 4.0, 64, 4.0)
-# Full logits of a piece travel in one message: 65 rows of a vocabulary of 128 k.
-MAX_LOGITS_PIECE_BYTES = 32 << 20
+# Full logits of a piece travel in one frame, in which no heartbeat is heard: 16 rows of a vocabulary
+# of 128 k take 2.5 s at 27 Mbit/s.
+MAX_LOGITS_PIECE_BYTES = 8 << 20
 REPORT_SECONDS = 0.125
 # How much the steps before count with each new one.
 _KEPT = 0.8
@@ -70,7 +71,7 @@ class StepCost:
     def __init__(self) -> None:
         """Nothing is known."""
         self.large_size = 0.0
-        self._first: tuple[int, float] | None = None
+        self._has_begun = False
         self._weight = self._tokens = self._seconds = 0.0
         self._square = self._product = 0.0
         # Seconds of a step without tokens; None until sizes differ.
@@ -80,8 +81,8 @@ class StepCost:
     def note(self, num_tokens: int, seconds: float) -> None:
         """Take note of a step of at least one token."""
         self.large_size = max(num_tokens, _KEPT * self.large_size)
-        if self._first is None:
-            self._first = num_tokens, seconds
+        if not self._has_begun:
+            self._has_begun = True
             return
         if self.is_known:
             fixed, each = self.fixed_and_each()
@@ -93,18 +94,24 @@ class StepCost:
         self._product = _KEPT * self._product + num_tokens * seconds
         mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
         spread = self._square / self._weight - mean**2
-        self._num_alike += 1
-        if spread > (_MIN_SPREAD * mean) ** 2:
+        is_apart = spread > (_MIN_SPREAD * mean) ** 2
+        # What was to be another size may have been cut short by the end of its prompt.
+        self._num_alike = 0 if is_apart or self.is_stale else self._num_alike + 1
+        if is_apart:
             slope = (self._product / self._weight - mean * mean_seconds) / spread
             if slope > 0:
                 fixed = min(max(mean_seconds - slope * mean, 0.0), _MOST_FIXED * mean_seconds)
                 self._fixed = fixed if self._fixed is None else 0.5 * (self._fixed + fixed)
-                self._num_alike = 0
 
     @property
     def is_known(self) -> bool:
-        """Whether steps of different sizes were seen lately."""
-        return self._fixed is not None and self._num_alike < _LOOK_EVERY
+        """Whether steps of different sizes were seen."""
+        return self._fixed is not None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the latest steps, many of them, were all about as long."""
+        return self._num_alike >= _LOOK_EVERY
 
     def fixed_and_each(self) -> tuple[float, float]:
         """Seconds of a step without tokens, and of each token; after at least two steps."""
@@ -123,7 +130,10 @@ def next_size(cost: StepCost, rule: PieceRule) -> float:
         return 2 * cost.large_size
     fixed, each = cost.fixed_and_each()
     size = max((rule.seconds - fixed) / each, rule.work * fixed / each)
-    return min(size, max(rule.growth * cost.large_size, rule.first))
+    size = min(size, max(rule.growth * cost.large_size, rule.first), LONGEST_STEP)
+    if not cost.is_stale:
+        return size
+    return 2 * size if 2 * size <= LONGEST_STEP else size / 4  # So far apart that a line shows.
 
 
 class Pace:

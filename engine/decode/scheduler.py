@@ -298,16 +298,19 @@ class Scheduler:
         )
         listener.on_plan(command.request_id, command.load, loaded)
 
-    def _drop_cancelled(self, in_step: Collection[int] = ()) -> None:
+    def _drop_cancelled(
+        self, in_step: Collection[int] = (), unsure_slots: Collection[int] = ()
+    ) -> None:
         """End what was cancelled, as far as it is known yet.
 
-        Args: in_step: requests that a step on its way computes; their end waits for its.
+        Args:
+            in_step: requests that a step on its way computes; their end waits for its.
+            unsure_slots: that hold what they should only if that step succeeds.
         """
         cancelled = self._cancelled.difference(in_step)
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id in cancelled:
-                # Whether its slot was changed as it should be is not known before the step ends.
-                sequence.is_broken |= bool(in_step)
+                sequence.is_broken |= sequence.slot in unsure_slots
                 sequence.cancel()
                 self._finish(sequence)
 
@@ -406,10 +409,11 @@ class Scheduler:
         rows = input_rows(works, embeddings) if works else None
         self._last_kind = kind
         everyone = {work.sequence.request_id for work in works}
+        copied = {o.slot for o in step.operations if o.action == "copy"}
 
         def nobody_wants_it() -> bool:
             if self._cancelled:  # A piece of another's prompt may take seconds.
-                self._drop_cancelled(everyone)
+                self._drop_cancelled(everyone, copied)
             return self._should_end or (bool(everyone) and everyone <= self._cancelled)
 
         num_rows, furthest = load.plan.shape.num_rows, 0

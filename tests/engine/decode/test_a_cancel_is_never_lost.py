@@ -60,7 +60,7 @@ def test_an_answer_ends_while_a_piece_of_anothers_prompt_is_read(
         running.ask(1, "abcabcabc", 1000, on_text=ask_long, speculation="off")
         running.assert_answered(2, 3)
         running.ask(3, "abcabcabc and so on", 12)
-        running.assert_answered(3, 12)
+        assert running.assert_answered(3, 12).num_reused >= len("abcabcabc")
         first = running.heard.end(1)
         assert ended == [first]
     assert isinstance(first, Sequence)

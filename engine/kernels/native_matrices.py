@@ -133,10 +133,7 @@ class NativeMatrix:
         for n, row in enumerate(ids):
             start = row // PANEL_ROWS * PANEL_ROWS
             end = min(start + PANEL_ROWS, rows)
-            if not 0 <= row < rows:
-                raise ProtocolError(f"row {row} of {rows} cannot be read, ask for one below that")
-            check_status(self.library.dequantize(self.struct, start, end, False, panel.data_ptr()))
-            found[n] = panel[row - start]
+            found[n] = self.dequantize(start, end, panel[: end - start])[row - start]
         return found
 
     def dequantize(self, start: int, end: int, out: Tensor | None = None) -> Tensor:

@@ -121,8 +121,10 @@ void ThreadTeam::help(uint32_t turn, int64_t rank) {
     rank_here = rank;
     for (;;) {
         start_.wait_past(turn, may_spin_);
-        if (is_ending_) return;
+        // The turn first: were it read after the look at the end, a helper that comes late to the
+        // last work could take the end's turn for that one's, and wait for another for ever.
         turn = start_.turn();
+        if (is_ending_) return;
         if (!join_in(turn)) continue;
         work_(context_);
         leave();

@@ -164,7 +164,7 @@ class ThreadTeam {
     std::mutex callers_;
     std::vector<std::thread> helpers_;
     bool may_spin_ = true;
-    bool is_ending_ = false;
+    std::atomic<bool> is_ending_{false};
     void (*work_)(void *) = nullptr;
     void *context_ = nullptr;
     Turnstile start_;

@@ -19,6 +19,7 @@ from engine.kernels.matrices import (
     Int4Matrix,
     Int8Matrix,
     Matrix,
+    has_bfloat16_units,
 )
 from engine.model.batch import StepKind
 from engine.plan.plan import PlanShape
@@ -143,4 +144,6 @@ def test_a_split_changes_no_rounding_of_the_weights(dtype: str, tmp_path: Path) 
     exact = OneProcess(checkpoint, single(shape, "a/cpu")).logits(ids)
     spread = np.abs(one - exact).max()
     assert spread > 0, "the format rounds nothing, so this test proves nothing"
-    assert np.abs(one - three).max() <= max(spread, 2e-5)
+    # Where prompts are computed in bfloat16, both have rounded activations besides.
+    rounded = 2 if has_bfloat16_units("cpu") else 1
+    assert np.abs(one - three).max() <= max(rounded * spread, 2e-5)

@@ -81,9 +81,10 @@ static inline void score(const AttentionUnit &unit, int64_t head, float (*scores
     int64_t row_bytes = unit.head_width * (int64_t)sizeof(typename Cached::Value);
     for (; p + 4 <= count; p += 4) {
         // Keys come soon, values of these positions afterwards: memory works while this computes.
+        // Both together are too much for a core's first cache.
         int64_t at = ring_index(unit, start, p) * row_bytes;
-        Isa::prefetch((const char *)unit.keys + at + kPositionsAhead * row_bytes, 4 * row_bytes);
-        Isa::prefetch((const char *)unit.values + at, 4 * row_bytes);
+        Isa::prefetch_outer((const char *)unit.keys + at + kPositionsAhead * row_bytes, 4 * row_bytes);
+        Isa::prefetch_outer((const char *)unit.values + at, 4 * row_bytes);
         score_positions<Isa, Cached, HEADS, 4>(unit, head, start, p, scores);
     }
     for (; p < count; ++p) score_positions<Isa, Cached, HEADS, 1>(unit, head, start, p, scores);
@@ -112,10 +113,13 @@ static inline void blend(const AttentionUnit &unit, int64_t head, int64_t d,
                          float (*weights)[kChunk]) {
     int64_t width = unit.head_width, count = unit.end_position - unit.first_position;
     int64_t start = unit.first_position % unit.capacity;
+    int64_t row_bytes = width * (int64_t)sizeof(typename Cached::Value);
+    const char *next = head == 0 && d == 0 ? (const char *)unit.next_keys : nullptr;
     typename Isa::Floats totals[HEADS][VECTORS];
     for (int h = 0; h < HEADS; ++h)
         for (int v = 0; v < VECTORS; ++v) totals[h][v] = Isa::splat(0.0f);
     for (int64_t p = 0; p < count; ++p) {
+        if (next) Isa::prefetch_outer(next + p * row_bytes, row_bytes);
         auto value =
             (const typename Cached::Value *)unit.values + ring_index(unit, start, p) * width + d;
         for (int v = 0; v < VECTORS; ++v) {

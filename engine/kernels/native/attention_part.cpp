@@ -82,9 +82,9 @@ struct Attention {
                        [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
         if (is_split) {
             team.share_each(phases[3], units * max_parts, [&](int64_t n) {
-                int64_t t = n / (max_parts * kv_heads), part = n / kv_heads % max_parts;
+                int64_t t = n / (kv_heads * max_parts), part = n % max_parts;
                 if (part < num_parts(token(t).position))
-                    attend(t, n % kv_heads, part, t * max_parts + part);
+                    attend(t, n / max_parts % kv_heads, part, t * max_parts + part);
             });
             team.share_each(phases[4], units,
                        [&](int64_t n) { join(n / kv_heads, n % kv_heads); });
@@ -168,8 +168,7 @@ struct Attention {
         int64_t first = (visible / kChunk + part) * kChunk, end = first + kChunk;
         int64_t head = share.first_heads[kv_head], kept = at * share.num_heads + head;
         const shardmix_place &ring = token(t).segment->places[share.place];
-        int64_t value_bytes = share.cache_dtype == SHARDMIX_FLOAT32 ? 4 : 2;
-        int64_t offset = kv_head * ring.capacity * width * value_bytes;
+        int64_t offset = kv_head * ring.capacity * width * value_bytes();
         AttentionUnit unit;
         unit.queries = projected + t * num_columns() + head * width;
         unit.num_heads = share.first_heads[kv_head + 1] - head;
@@ -180,11 +179,29 @@ struct Attention {
         unit.capacity = ring.capacity;
         unit.first_position = first > visible ? first : visible;
         unit.end_position = end < position + 1 ? end : position + 1;
+        unit.next_keys = keys_after(t, kv_head, part);
         unit.maxima = step.memory.maxima.data() + kept;
         unit.sums = step.memory.weights.data() + kept;
         unit.outputs = step.memory.parts.data() + kept * width;
         kernels().attend(unit);
     }
+
+    // Where the keys of the unit begin that comes after this one; null if none does.
+    const void *keys_after(int64_t t, int64_t kv_head, int64_t part) const {
+        int64_t position = token(t).position;
+        if (part + 1 < num_parts(position))
+            return keys_at(t, kv_head, (first_visible(position) / kChunk + part + 1) * kChunk);
+        if (++kv_head == share.num_kv_heads) kv_head = 0, ++t;
+        return t < num_tokens ? keys_at(t, kv_head, first_visible(token(t).position)) : nullptr;
+    }
+
+    const void *keys_at(int64_t t, int64_t kv_head, int64_t position) const {
+        const shardmix_place &ring = token(t).segment->places[share.place];
+        int64_t index = kv_head * ring.capacity + position % ring.capacity;
+        return (const char *)ring.keys + index * share.head_width * value_bytes();
+    }
+
+    int64_t value_bytes() const { return share.cache_dtype == SHARDMIX_FLOAT32 ? 4 : 2; }
 
     // Join a part to those before it: one softmax over all of them.
     void add_part(int64_t t, int64_t kv_head, int64_t part, int64_t at) const {

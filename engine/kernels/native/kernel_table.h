@@ -48,6 +48,7 @@ struct AttentionUnit {
     int64_t capacity;
     int64_t first_position;
     int64_t end_position;
+    const void *next_keys;     // that this thread reads afterwards; null: not known
     float *maxima;             // [heads]: of the scores
     float *sums;               // [heads]: of exp(score - maximum)
     float *outputs;            // [heads, D]: values weighed so

@@ -76,6 +76,9 @@ struct Avx2 {
     static inline void prefetch(const char *from, size_t num_bytes) {
         for (size_t i = 0; i < num_bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
     }
+    static inline void prefetch_outer(const char *from, size_t num_bytes) {
+        for (size_t i = 0; i < num_bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+    }
 
     static inline __m256i four_columns(const int8_t *from) {
         int32_t word;

@@ -40,10 +40,23 @@ struct Avx512Vnni {
     static inline Floats times_power_of_two(Floats x, Floats power) {
         return _mm512_scalef_ps(x, power);
     }
-    static inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+    // Lanes 0 and 2 of each quarter, 1 and 3, both; then the quarters 0 and 2, 1 and 3, both.
+    static inline float sum(Floats x) {
+        x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+        x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+        return _mm_cvtss_f32(sum_of_quarters(x));
+    }
+    static inline __m128 sum_of_quarters(Floats x) {
+        __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
     static inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+    // Four sums, each in the order of `sum`.
     static inline void store_sums(float *to, const Floats (&x)[4]) {
-        for (int n = 0; n < 4; ++n) to[n] = sum(x[n]);
+        __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+        __m512 last = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+        __m512 even = _mm512_shuffle_ps(first, last, 0x44), odd = _mm512_shuffle_ps(first, last, 0xee);
+        _mm_storeu_ps(to, sum_of_quarters(_mm512_add_ps(even, odd)));
     }
     // Whether one is above, or is no number.
     static inline bool is_any_above(Floats x, Floats limit) {
@@ -55,6 +68,9 @@ struct Avx512Vnni {
     static inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
     static inline void prefetch(const char *from, size_t num_bytes) {
         for (size_t i = 0; i < num_bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+    }
+    static inline void prefetch_outer(const char *from, size_t num_bytes) {
+        for (size_t i = 0; i < num_bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
     }
 
     static inline __m512i four_columns(const int8_t *from) {

@@ -57,6 +57,9 @@ struct Neon {
     static inline void prefetch(const char *from, size_t num_bytes) {
         for (size_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i);
     }
+    static inline void prefetch_outer(const char *from, size_t num_bytes) {
+        for (size_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
 
     static inline int8x16_t four_columns(const int8_t *from) {
         int32_t word;

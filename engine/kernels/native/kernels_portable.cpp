@@ -95,6 +95,7 @@ struct Portable {
         return each([&](int64_t i) { return (float)x.lane[i]; });
     }
     static inline void prefetch(const char *, size_t) {}
+    static inline void prefetch_outer(const char *, size_t) {}
 
     template <int TOKENS>
     static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {

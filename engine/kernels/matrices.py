@@ -210,18 +210,20 @@ class Int8Matrix(GroupedMatrix):
 class Int4Matrix(GroupedMatrix):
     """Weights as 4-bit numbers, with a scale and a minimum per group: scale * quant + minimum.
 
+    Symmetric ones hold no minimums, which are -8 times the scales: a tenth less memory to read.
+
     `quants` is uint8 [N, G, 16]: byte j of a group holds column j in its low half and column
     j + 16 in its high half, the order of Q4_0 and Q4_1.
 
     Attributes:
-        minimums: float16 [N, G].
+        minimums: float16 [N, G]; None: symmetric.
     """
 
     def __init__(
         self,
         quants_NGB: Tensor,
         scales_NG: Tensor,
-        minimums_NG: Tensor,
+        minimums_NG: Tensor | None,
         num_columns: int,
         block: int,
     ) -> None:
@@ -230,11 +232,12 @@ class Int4Matrix(GroupedMatrix):
         self.minimums = minimums_NG
 
     @classmethod
-    def empty(cls, rows: int, columns: int, block: int) -> Int4Matrix:
+    def empty(cls, rows: int, columns: int, block: int, is_symmetric: bool = False) -> Int4Matrix:
         """Memory for `put_rows`."""
         groups = columns // block * padded_columns(block) // GROUP
         quants = torch.empty(rows, groups, GROUP // 2, dtype=torch.uint8)
-        scales, minimums = torch.empty(2, rows, groups, dtype=torch.float16).unbind()
+        scales = torch.empty(rows, groups, dtype=torch.float16)
+        minimums = None if is_symmetric else torch.empty_like(scales)
         return cls(quants, scales, minimums, columns, block)
 
     @classmethod
@@ -255,7 +258,7 @@ class Int4Matrix(GroupedMatrix):
     def from_q4_0(
         cls, raw: NDArray[np.uint8], rows: int, columns: int, block: int | None = None
     ) -> Int4Matrix:
-        """Take over the blocks of a Q4_0 file without a second rounding.
+        """Take over the blocks of a Q4_0 file without a second rounding; symmetric.
 
         Args:
             raw: uint8, rows * columns / 32 blocks of 18 bytes: float16 scale, then 16 pairs.
@@ -263,11 +266,7 @@ class Int4Matrix(GroupedMatrix):
         """
         blocks = raw.reshape(rows, columns // GROUP, 2 + GROUP // 2)
         scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-        # The file's numbers stand for -8 to 7. Eight times a float16 is one, unless it overflows:
-        # with a scale above 8,188, which no weight has, the file is damaged.
-        with np.errstate(over="ignore"):
-            minimums = scales * np.float16(-8)
-        return cls._of_file(blocks[..., 2:], scales, minimums, columns, block)
+        return cls._of_file(blocks[..., 2:], scales, None, columns, block)
 
     @classmethod
     def from_q4_1(
@@ -289,14 +288,14 @@ class Int4Matrix(GroupedMatrix):
         cls,
         pairs: NDArray[np.uint8],
         scales: NDArray[np.float16],
-        minimums: NDArray[np.float16],
+        minimums: NDArray[np.float16] | None,
         columns: int,
         block: int | None,
     ) -> Int4Matrix:
         return cls(
             torch.as_tensor(np.ascontiguousarray(pairs)),
             torch.as_tensor(np.ascontiguousarray(scales)),
-            torch.as_tensor(np.ascontiguousarray(minimums)),
+            None if minimums is None else torch.as_tensor(np.ascontiguousarray(minimums)),
             columns,
             block or columns,
         )
@@ -304,18 +303,30 @@ class Int4Matrix(GroupedMatrix):
     @property
     def arrays(self) -> tuple[Tensor, ...]:
         """Everything held."""
-        return self.quants, self.scales, self.minimums
+        held = self.quants, self.scales
+        return held if self.minimums is None else (*held, self.minimums)
+
+    def put_rows(self, start: int, rows: GroupedMatrix) -> None:
+        """Copy all rows of another int4 matrix of this width; a symmetric one takes only such."""
+        if self.minimums is not None and isinstance(rows, Int4Matrix) and rows.minimums is None:
+            # Exact, unless it overflows: a scale above 8,188, which no weight has.
+            rows = Int4Matrix(
+                rows.quants, rows.scales, rows.scales * -8, rows.num_columns, rows.block
+            )
+        super().put_rows(start, rows)
 
     def to(self, device: torch.device) -> Int4Matrix:
         """The same on another device."""
         quants, scales = self.quants.to(device), self.scales.to(device)
-        minimums = self.minimums.to(device)
+        minimums = None if self.minimums is None else self.minimums.to(device)
         return Int4Matrix(quants, scales, minimums, self.num_columns, self.block)
 
     def grouped_values(self, start: int, end: int) -> Tensor:
         """Rows [start, end) as float32 [rows, G, 32], padding included."""
         pairs = self.quants[start:end]
         numbers = torch.cat((pairs & 15, pairs >> 4), dim=-1).float()
+        if self.minimums is None:
+            return (numbers - 8) * self.scales[start:end, :, None].float()
         numbers *= self.scales[start:end, :, None].float()
         numbers += self.minimums[start:end, :, None].float()
         return numbers

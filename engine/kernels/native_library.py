@@ -25,7 +25,7 @@ TORCH = "torch"
 PATH = SOURCES / LIBRARY_NAME
 
 # Formats of a packed matrix.
-INT4, INT8, BFLOAT16 = range(3)
+INT4, INT8, BFLOAT16, SYMMETRIC_INT4 = range(4)
 
 
 class MatrixStruct(Structure):

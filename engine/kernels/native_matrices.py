@@ -27,6 +27,7 @@ from engine.kernels.native_library import (
     BFLOAT16,
     INT4,
     INT8,
+    SYMMETRIC_INT4,
     MatrixStruct,
     NativeLibrary,
     check_status,
@@ -41,7 +42,7 @@ class NativeMatrix:
 
     Attributes:
         library: whose kernels read it.
-        format_code: INT4, INT8 or BFLOAT16.
+        format_code: INT4, SYMMETRIC_INT4, INT8 or BFLOAT16.
         struct: what C functions take, as a pointer; valid as long as this object lives.
         shape: rows and columns.
     """
@@ -59,7 +60,7 @@ class NativeMatrix:
         """Pack.
 
         Args:
-            format_code: INT4, INT8 or BFLOAT16.
+            format_code: INT4, SYMMETRIC_INT4, INT8 or BFLOAT16.
             shape: N and K.
             block: columns that are padded together to whole groups of 32.
             quants: uint8 [N, G, 16], int8 [N, G, 32], or bfloat16 [N, K]; G is groups of a row.
@@ -171,16 +172,12 @@ def repack(matrix: Matrix, library: NativeLibrary | None) -> Matrix:
         return NativeMatrix(library, BFLOAT16, shape, columns, matrix.values, None, None)
     if isinstance(matrix, Int4Matrix | Int8Matrix) and matrix.quants.device.type == "cpu":
         shape = (matrix.quants.shape[0], matrix.num_columns)
-        is_int4 = isinstance(matrix, Int4Matrix)
-        return NativeMatrix(
-            library,
-            INT4 if is_int4 else INT8,
-            shape,
-            matrix.block,
-            matrix.quants,
-            matrix.scales,
-            matrix.minimums if is_int4 else None,
-        )
+        code, minimums = INT8, None
+        if isinstance(matrix, Int4Matrix):
+            minimums = matrix.minimums
+            code = SYMMETRIC_INT4 if minimums is None else INT4
+        scales = matrix.scales
+        return NativeMatrix(library, code, shape, matrix.block, matrix.quants, scales, minimums)
     return matrix
 
 
@@ -204,7 +201,7 @@ def check_tensor(
 def _quants_of(
     format_code: int, rows: int, columns: int, groups: int
 ) -> tuple[torch.dtype, tuple[int, ...]]:
-    if format_code == INT4:
+    if format_code in (INT4, SYMMETRIC_INT4):
         return torch.uint8, (rows, groups, 16)
     if format_code == INT8:
         return torch.int8, (rows, groups, 32)

@@ -14,12 +14,13 @@ from engine.model.batch import GROUP_COLUMNS, ComputeDtype
 from engine.model.config import CacheDtype, ModelConfig
 from engine.model.share_keys import WeightKey, kv_heads_of, post_norm_key, row_keys
 from engine.model.view import cache_bytes
-from engine.model.weight_formats import weight_format
+from engine.model.weight_formats import is_symmetric, weight_format
 from engine.plan.plan import Plan, PlanShape
 from engine.weights.formats import TensorInfo
 
-# int8 has a float16 scale per group, int4 two numbers a byte and a float16 minimum, too.
-_GROUP_BYTES = {"int8": GROUP_COLUMNS + 2, "int4": GROUP_COLUMNS // 2 + 4}
+# int8 has a float16 scale per group, int4 two numbers a byte.
+_GROUP_BYTES = {"int8": GROUP_COLUMNS + 2, "int4": GROUP_COLUMNS // 2 + 2}
+_MINIMUM_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ def _weight_bytes(key: WeightKey, tensors: Mapping[str, TensorInfo], dtype: Comp
     block = key.column_block or columns
     # Each block of columns is padded to whole groups.
     groups = rows * (columns // block) * -(-block // GROUP_COLUMNS)
+    if format == "int4" and not is_symmetric(key, tensors):
+        return groups * (_GROUP_BYTES[format] + _MINIMUM_BYTES)
     return groups * _GROUP_BYTES[format]
 
 

@@ -57,6 +57,18 @@ def takes_over(part: SliceKey, info: TensorInfo, format: GroupedDtype, column_bl
     return is_rows or (part.start % entry.block_size == 0 and part.end % entry.block_size == 0)
 
 
+def is_symmetric(key: WeightKey, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the groups of a matrix in int4 need no minimums.
+
+    Args: key, tensors: as of `weight_format`.
+    """
+    infos = [(part, tensors[part.name]) for part in key.slices]
+    return all(
+        info.format == "Q4_0" and takes_over(part, info, "int4", key.column_block)
+        for part, info in infos
+    )
+
+
 def auto_dtype(tensors: Iterable[TensorInfo], has_native_kernels: bool) -> ComputeDtype:
     """What `auto` stands for: the fastest that costs at most a hundredth of perplexity.
 

@@ -26,7 +26,12 @@ from engine.kernels.native_library import native_library
 from engine.kernels.native_matrices import repack
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey
-from engine.model.weight_formats import GroupedDtype, takes_over, weight_format
+from engine.model.weight_formats import (
+    GroupedDtype,
+    is_symmetric,
+    takes_over,
+    weight_format,
+)
 from engine.weights.formats import TensorInfo, dequantize, format_named, num_bytes
 
 RawBytes = NDArray[np.uint8]
@@ -127,7 +132,11 @@ class WeightStore:
         """A quantised matrix, its slices each as near to the file as it can be."""
         kind = Int8Matrix if format == "int8" else Int4Matrix
         block = key.column_block or columns
-        matrix = kind.empty(rows, columns, block)
+        if format == "int8":
+            matrix: Int8Matrix | Int4Matrix = Int8Matrix.empty(rows, columns, block)
+        else:
+            symmetric = is_symmetric(key, self._tensors)
+            matrix = Int4Matrix.empty(rows, columns, block, symmetric)
         start = 0
         for narrow, wide, data in zip(key.slices, wides, raw, strict=True):
             info = self._info(narrow.name)

@@ -41,8 +41,8 @@ static inline void write_scaled(float *out, __m256i quants, __m256 scale, __m256
     _mm256_storeu_ps(out, _mm256_add_ps(product, minimum));
 }
 
-static inline void dequantize_row(const Int4Group &group, float scale_of_row, float minimum_of_row,
-                                  int64_t row, float values[kGroup]) {
+static inline void dequantize_row(const SymmetricInt4Group &group, float scale_of_row,
+                                  float minimum_of_row, int64_t row, float values[kGroup]) {
     const auto &quants = group.quants;
     __m128i pairs = words_of(quants[0][row], quants[1][row], quants[2][row], quants[3][row]);
     __m128i mask = _mm_set1_epi8(15);
@@ -74,8 +74,8 @@ static inline void from_float16s(const uint16_t *from, float *to) {
     for (int64_t n = 0; n < kPanelRows; ++n) to[n] = from_float16(from[n]);
 }
 
-static inline void dequantize_row(const Int4Group &group, float scale, float minimum, int64_t row,
-                                  float values[kGroup]) {
+static inline void dequantize_row(const SymmetricInt4Group &group, float scale, float minimum,
+                                  int64_t row, float values[kGroup]) {
     uint8_t pairs[kGroup / 2];
     for (int64_t k = 0; k < 4; ++k) memcpy(pairs + 4 * k, group.quants[k][row], 4);
     for (int64_t j = 0; j < kGroup / 2; ++j) values[j] = scale * (float)(pairs[j] & 15) + minimum;
@@ -102,6 +102,13 @@ static inline GroupFactors factors_of(const Int4Group &group) {
     GroupFactors factors;
     from_float16s(group.scales, factors.scales);
     from_float16s(group.minimums, factors.minimums);
+    return factors;
+}
+
+static inline GroupFactors factors_of(const SymmetricInt4Group &group) {
+    GroupFactors factors;
+    from_float16s(group.scales, factors.scales);
+    for (int64_t n = 0; n < kPanelRows; ++n) factors.minimums[n] = -8.0f * factors.scales[n];
     return factors;
 }
 

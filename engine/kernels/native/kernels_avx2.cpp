@@ -86,9 +86,11 @@ struct Avx2 {
         return _mm256_set1_epi32(word);
     }
 
+    static inline Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+
     // `rows`: word [k][row] of a group, the first of eight rows.
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
+    static inline void add_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         const __m256i low = _mm256_set1_epi8(15);
         __m256i weights[8];
         for (int k = 0; k < 4; ++k) {
@@ -102,7 +104,7 @@ struct Avx2 {
             for (int k = 1; k < 8; ++k)
                 total = _mm256_add_epi16(
                     total, _mm256_maddubs_epi16(weights[k], four_columns(x + t * kGroup + 4 * k)));
-            dots[t] = _mm256_madd_epi16(total, _mm256_set1_epi16(1));
+            dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(total, _mm256_set1_epi16(1)));
         }
     }
 

@@ -79,10 +79,11 @@ struct Avx512Vnni {
         return _mm512_set1_epi32(word);
     }
 
+    static inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
+    static inline void add_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         const __m512i low = _mm512_set1_epi8(15);
-        for (int t = 0; t < TOKENS; ++t) dots[t] = _mm512_setzero_si512();
         for (int k = 0; k < 4; ++k) {
             __m512i pairs = _mm512_loadu_si512(rows + k * 64);
             __m512i first = _mm512_and_si512(pairs, low);

@@ -67,9 +67,10 @@ struct Neon {
         return vreinterpretq_s8_s32(vdupq_n_s32(word));
     }
 
+    static inline Ints splat_int(int32_t x) { return vdupq_n_s32(x); }
+
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
-        for (int t = 0; t < TOKENS; ++t) dots[t] = vdupq_n_s32(0);
+    static inline void add_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         for (int k = 0; k < 4; ++k) {
             uint8x16_t pairs = vld1q_u8(rows + k * 64);
             int8x16_t first = vreinterpretq_s8_u8(vandq_u8(pairs, vdupq_n_u8(15)));

@@ -97,8 +97,14 @@ struct Portable {
     static inline void prefetch(const char *, size_t) {}
     static inline void prefetch_outer(const char *, size_t) {}
 
+    static inline Ints splat_int(int32_t x) {
+        Ints all;
+        for (int32_t &lane : all.lane) lane = x;
+        return all;
+    }
+
     template <int TOKENS>
-    static inline void dot_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
+    static inline void add_nibbles(const uint8_t *rows, const int8_t *x, Ints (&dots)[TOKENS]) {
         for (int t = 0; t < TOKENS; ++t) {
             const int8_t *values = x + t * kGroup;
             for (int64_t i = 0; i < kLanes; ++i) {
@@ -109,7 +115,7 @@ struct Portable {
                         total += (pair & 15) * values[4 * k + j];
                         total += (pair >> 4) * values[16 + 4 * k + j];
                     }
-                dots[t].lane[i] = total;
+                dots[t].lane[i] += total;
             }
         }
     }

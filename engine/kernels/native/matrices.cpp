@@ -11,7 +11,7 @@ namespace shardmix {
 bool is_valid(const shardmix_matrix *matrix) {
     if (!matrix || !matrix->panels || matrix->num_rows < 1 || matrix->block < 1) return false;
     if (matrix->num_columns < 1 || matrix->num_columns % matrix->block) return false;
-    if (matrix->format < SHARDMIX_INT4 || matrix->format > SHARDMIX_BFLOAT16) return false;
+    if (matrix->format < SHARDMIX_INT4 || matrix->format > SHARDMIX_SYMMETRIC_INT4) return false;
     int64_t blocks = matrix->num_columns / matrix->block;
     return matrix->num_groups == blocks * groups_of_block(matrix->block);
 }
@@ -50,6 +50,8 @@ void pack_panel(const shardmix_matrix &matrix, const Source &source, int64_t pan
             if (matrix.format == SHARDMIX_INT4) {
                 interleave(((Int4Group *)out)[g], source, index, row);
                 ((Int4Group *)out)[g].minimums[row] = source.minimums[index];
+            } else if (matrix.format == SHARDMIX_SYMMETRIC_INT4) {
+                interleave(((SymmetricInt4Group *)out)[g], source, index, row);
             } else {
                 interleave(((Int8Group *)out)[g], source, index, row);
             }

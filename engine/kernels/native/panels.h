@@ -4,6 +4,7 @@
 // A panel is 16 rows; the last one is padded with zeros. Per group of 32 columns it has
 //   int4:     4 x 64 bytes: word [k][row] has columns 4k..4k+3 in its low nibbles and 16+4k.. in its
 //             high ones; then 16 float16 scales and 16 float16 minimums
+//   symmetric int4: the same without minimums, which are -8 times the scales
 //   int8:     8 x 64 bytes: word [k][row] has columns 4k..4k+3; then 16 float16 scales
 //   bfloat16: per column (not group) 16 values
 // Four columns a 32-bit word is what the integer dot products of all instruction sets take.
@@ -17,9 +18,12 @@
 
 namespace shardmix {
 
-struct Int4Group {
+struct SymmetricInt4Group {
     uint8_t quants[4][kPanelRows][4];
     uint16_t scales[kPanelRows];
+};
+
+struct Int4Group : SymmetricInt4Group {
     uint16_t minimums[kPanelRows];
 };
 
@@ -32,6 +36,7 @@ struct BFloat16Column {
     uint16_t values[kPanelRows];
 };
 
+static_assert(sizeof(SymmetricInt4Group) == 288, "a stream without gaps");
 static_assert(sizeof(Int4Group) == 320, "a stream without gaps");
 static_assert(sizeof(Int8Group) == 544, "a stream without gaps");
 
@@ -41,6 +46,8 @@ static inline int64_t num_panels(const shardmix_matrix &matrix) {
 
 static inline int64_t panel_bytes(const shardmix_matrix &matrix) {
     if (matrix.format == SHARDMIX_INT4) return matrix.num_groups * (int64_t)sizeof(Int4Group);
+    if (matrix.format == SHARDMIX_SYMMETRIC_INT4)
+        return matrix.num_groups * (int64_t)sizeof(SymmetricInt4Group);
     if (matrix.format == SHARDMIX_INT8) return matrix.num_groups * (int64_t)sizeof(Int8Group);
     return matrix.num_columns * (int64_t)sizeof(BFloat16Column);
 }

@@ -53,33 +53,43 @@ struct Tile {
     }
 };
 
-template <class Isa>
+// `Group`: Int4Group, or without minimums, which then are in the integer sums.
+template <class Isa, class Group>
 struct Int4Product {
+    static constexpr bool kHasMinimums = sizeof(Group) == sizeof(Int4Group);
+
     template <int TOKENS, int VECTORS>
     static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
                            const Activations &x, int64_t token, int64_t lane,
                            Tile<Isa, TOKENS, VECTORS> &tile) {
-        const Int4Group *groups = (const Int4Group *)panel;
+        const Group *groups = (const Group *)panel;
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
-            const Int4Group &group = groups[g];
-            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Int4Group));
+            const Group &group = groups[g];
+            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
             int64_t at = g * x.num_tokens + token;
             const int8_t *quants = x.quants + at * kGroup;
             const float *scales_T = x.scales + at;
-            const float *sums_T = x.scaled_sums + at;
+            const float *scaled_sums_T = x.scaled_sums + at;
+            const int32_t *sums_T = x.sums + at;
             for (int v = 0; v < VECTORS; ++v) {
                 int64_t row = lane + v * Isa::kLanes;
                 typename Isa::Ints dots[TOKENS];
-                Isa::template dot_nibbles<TOKENS>(group.quants[0][row], quants, dots);
+                for (int t = 0; t < TOKENS; ++t)
+                    dots[t] = Isa::splat_int(kHasMinimums ? 0 : -8 * sums_T[t]);
+                Isa::template add_nibbles<TOKENS>(group.quants[0][row], quants, dots);
                 auto scales = Isa::load_float16(group.scales + row);
-                auto minimums = Isa::load_float16(group.minimums + row);
                 for (int t = 0; t < TOKENS; ++t) {
                     auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
-                    auto total = tile.totals[t][v];
+                    auto &total = tile.totals[t][v];
                     total = Isa::multiply_add(scale, Isa::to_floats(dots[t]), total);
-                    total = Isa::multiply_add(minimums, Isa::splat(sums_T[t]), total);
-                    tile.totals[t][v] = total;
+                }
+                if constexpr (kHasMinimums) {
+                    auto minimums = Isa::load_float16(group.minimums + row);
+                    for (int t = 0; t < TOKENS; ++t) {
+                        auto &total = tile.totals[t][v];
+                        total = Isa::multiply_add(minimums, Isa::splat(scaled_sums_T[t]), total);
+                    }
                 }
             }
         }
@@ -189,8 +199,11 @@ template <class Isa>
 static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
                      int64_t end_panel, float *out, const char *after) {
     if (matrix.format == SHARDMIX_INT4)
-        multiply_panels<Isa, Int4Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out,
-                                                             after);
+        multiply_panels<Isa, Int4Product<Isa, Int4Group>, Isa::kTokens>(matrix, x, first_panel,
+                                                                        end_panel, out, after);
+    else if (matrix.format == SHARDMIX_SYMMETRIC_INT4)
+        multiply_panels<Isa, Int4Product<Isa, SymmetricInt4Group>, Isa::kTokens>(
+            matrix, x, first_panel, end_panel, out, after);
     else if (matrix.format == SHARDMIX_INT8)
         multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out,
                                                              after);
@@ -238,6 +251,8 @@ static void dequantize_rows(const shardmix_matrix &matrix, int64_t first_row, in
         T *target = out + (start - first_row) * columns;
         if (matrix.format == SHARDMIX_INT4)
             dequantize_panel<Int4Group>(matrix, panel, rows, target);
+        else if (matrix.format == SHARDMIX_SYMMETRIC_INT4)
+            dequantize_panel<SymmetricInt4Group>(matrix, panel, rows, target);
         else if (matrix.format == SHARDMIX_INT8)
             dequantize_panel<Int8Group>(matrix, panel, rows, target);
         else

@@ -27,7 +27,12 @@ enum shardmix_status {
     SHARDMIX_OUT_OF_MEMORY = 2,
 };
 
-enum shardmix_format { SHARDMIX_INT4 = 0, SHARDMIX_INT8 = 1, SHARDMIX_BFLOAT16 = 2 };
+enum shardmix_format {
+    SHARDMIX_INT4 = 0,
+    SHARDMIX_INT8 = 1,
+    SHARDMIX_BFLOAT16 = 2,
+    SHARDMIX_SYMMETRIC_INT4 = 3,  // int4 whose minimum is -8 times its scale
+};
 enum shardmix_float { SHARDMIX_FLOAT32 = 0, SHARDMIX_FLOAT16 = 1, SHARDMIX_BF16 = 2 };
 enum shardmix_activation { SHARDMIX_SILU = 0, SHARDMIX_GELU_TANH = 1 };
 enum shardmix_rope_layout { SHARDMIX_NO_ROPE = 0, SHARDMIX_HALF = 1, SHARDMIX_ADJACENT = 2 };

@@ -169,7 +169,7 @@ int main() {
     while (shardmix_instruction_set(portable + 1)) ++portable;
     for (int64_t set = 0; set < portable; ++set) {
         if (!shardmix_can_run(set)) continue;
-        for (int64_t format = 0; format < 3; ++format)
+        for (int64_t format = 0; format <= SHARDMIX_SYMMETRIC_INT4; ++format)
             for (int64_t threads = 1; threads <= 3; ++threads)
                 num_wrong += compare(set, portable, format, threads);
         std::printf("compared %s\n", shardmix_instruction_set(set));

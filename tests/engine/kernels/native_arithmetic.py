@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.kernels.matrices import BFloat16Matrix, Int4Matrix, Int8Matrix
 
-FORMATS = ("int4", "int8", "bfloat16")
+FORMATS = ("int4", "symmetric int4", "int8", "bfloat16")
 # Rounding of float32 sums, relative to the sum of the terms' magnitudes.
 SUM_TOLERANCE = 2e-6
 
@@ -28,6 +28,8 @@ def random_matrix(format: str, rows: int, columns: int, block: int, seed: int) -
         quants = torch.randint(-128, 128, (rows, groups, 32), generator=generator)
         return Int8Matrix(quants.to(torch.int8), scales, columns, block)
     pairs = torch.randint(0, 256, (rows, groups, 16), generator=generator).to(torch.uint8)
+    if format == "symmetric int4":
+        return Int4Matrix(pairs, scales, None, columns, block)
     minimums = torch.randn(rows, groups, generator=generator).half()
     return Int4Matrix(pairs, scales, minimums, columns, block)
 
@@ -67,6 +69,7 @@ def product(matrix: Packable, x_TK: Tensor) -> tuple[NDArray[np.float64], NDArra
     else:
         x = quantized(x_TK, matrix.block)
         # Scale and minimum are added apart, so their magnitudes count apart.
-        offset = matrix.minimums.abs().max().item() if isinstance(matrix, Int4Matrix) else 0.0
+        minimums = matrix.minimums if isinstance(matrix, Int4Matrix) else None
+        offset = 0.0 if minimums is None else minimums.abs().max().item()
         magnitudes = np.abs(x) @ (np.abs(weights) + 2 * offset).T
     return x @ weights.T, magnitudes * SUM_TOLERANCE + 1e-12

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.matrices import Int4Matrix, Int8Matrix
-from engine.kernels.native_library import INT4, INT8
+from engine.kernels.native_library import INT4, INT8, SYMMETRIC_INT4
 from engine.kernels.native_matrices import NativeMatrix
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey, row_keys
@@ -37,7 +37,7 @@ def save(folder: Path, kind: str, **changes: int) -> Path:
 def grouped_values(matrix: object, is_int4: bool) -> Tensor:
     """All values of a matrix in int4 or int8 groups, as packed for torch or for native kernels."""
     if isinstance(matrix, NativeMatrix):
-        assert matrix.format_code == (INT4 if is_int4 else INT8)
+        assert matrix.format_code in ((INT4, SYMMETRIC_INT4) if is_int4 else (INT8,))
         return matrix.dequantize(0, matrix.shape[0])
     assert isinstance(matrix, Int4Matrix if is_int4 else Int8Matrix)
     return matrix.dequantize(0, len(matrix.scales))

@@ -1,7 +1,7 @@
 """The half-layer entry points in C++, for generated tokens on a CPU: one call for many rows.
 
-In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; prompts,
-other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
+In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; what prompts
+need but attention, other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
 only pointers.
 
 T tokens of a step, H query heads and K kv heads of the share, D head width.
@@ -32,6 +32,7 @@ from engine.kernels.native_matrices import NativeMatrix, check_tensor
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, MlpShare
 from engine.model.config import NO_ROPE, Activation, CacheDtype, ModelConfig, RopeLayout
 from engine.model.kv_cache import CACHE_DTYPES, PLACE_NUMBERS, KVCache
+from engine.model.norm import rms_norm
 from engine.model.view import View
 
 _CACHE_DTYPES: dict[CacheDtype, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -108,7 +109,7 @@ NativeShare = NativeRow | NativeHead
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeBatch(Batch):
-    """A step of generated tokens, as native rows take it.
+    """A step, as native rows take it.
 
     Attributes:
         num_tokens: T.
@@ -226,6 +227,43 @@ class NativeRows:
         Raises: ProtocolError: the stream has another shape, dtype or layout.
         """
         return self._call(row, row + 1, x_TW, batch, is_partial=True)
+
+    def prompt_attention(
+        self, row: int, x_TW: Tensor, share: AttentionShare, batch: NativeBatch, epsilon: float
+    ) -> Tensor:
+        """The attention half of a layer for a prompt, whose products are torch's.
+
+        Args:
+            row: one of these rows, prepared from this share.
+            x_TW: float32 [T, width] residual stream on the CPU.
+        Returns: float32 [T, width], this share's part of the sum.
+        Raises: ProtocolError: the stream has another shape, dtype or layout.
+        """
+        projected = share.qkv.multiply(rms_norm(x_TW, share.norm, epsilon), batch.kind)
+        result = share.output.multiply(self.attend(row, projected, batch), batch.kind)
+        return result if share.output_bias is None else result + share.output_bias
+
+    def attend(self, row: int, projected_TN: Tensor, batch: NativeBatch) -> Tensor:
+        """What lies between the two products of an attention half, best for many tokens of a slot.
+
+        Args:
+            row: one of these rows, of attention.
+            projected_TN: contiguous float32 [T, (H + 2 K) D] on the CPU; placed in itself.
+        Returns: float32 [T, H D].
+        Raises: ProtocolError: the projections have another shape, dtype or layout.
+        """
+        prepared = self._rows[row]
+        struct = prepared.attention
+        assert struct is not None and prepared.layer is not None
+        width = self._head_width
+        num_rows = (struct.num_heads + 2 * struct.num_kv_heads) * width
+        address = _address("projections", projected_TN, (batch.num_tokens, num_rows))
+        for slot, end_position in batch.ends:
+            self._cache.reserve(slot, (prepared.layer,), end_position)
+        attended = projected_TN.new_empty(batch.num_tokens, struct.num_heads * width)
+        status = self._library.attend(byref(struct), batch.address, address, attended.data_ptr())
+        check_status(status)
+        return attended
 
     def advance(
         self,

@@ -117,6 +117,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_void_p, c_int64, c_void_p),
         *(c_void_p, c_void_p, c_int64, c_void_p),
     ),
+    "attend": (c_int64, POINTER(AttentionStruct), c_void_p, c_void_p, c_void_p),
     "head_part": (c_int64, POINTER(HeadStruct), c_void_p, c_int64, c_void_p),
     "largest": (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "log_sum_exp": (c_double, c_void_p, c_int64, c_double),
@@ -159,6 +160,7 @@ class NativeLibrary:
     dequantize: Any
     multiply: Any
     rows: Any
+    attend: Any
     head_part: Any
     largest: Any
     log_sum_exp: Any

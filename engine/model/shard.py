@@ -127,7 +127,9 @@ class ModelShard:
 
         Returns: its batch, where there is anything to get ready.
         """
-        if not isinstance(batch, NativeBatch) or batch.num_tokens > len(batch.segments):
+        if not isinstance(batch, NativeBatch) or batch.kind == "prompt":
+            return None
+        if batch.num_tokens > len(batch.segments):
             return None
         # Nothing of size is allocated for a step that may never come.
         end = max(segment.first_position for segment in batch.segments) + 2
@@ -172,16 +174,17 @@ class ModelShard:
 
     def _make_batch(self, kind: StepKind, segments: tuple[Segment, ...]) -> Batch:
         batch = make_batch(kind, segments, self._ropes, self.config, self._device)
-        if kind == "generated" and self._native is not None:
-            return self._native.batch(batch)
-        return batch
+        return batch if self._native is None else self._native.batch(batch)
 
     def part(self, row: int, x: Tensor, batch: Batch) -> Tensor:
         """This device's partial sum of an attention or mlp row."""
-        native = self._native
+        native, share = self._native, self._shares[row]
         if isinstance(batch, NativeBatch) and native is not None and row in native:
-            return native.part(row, x.contiguous(), batch)
-        share = self._shares[row]
+            if batch.kind == "generated":
+                return native.part(row, x.contiguous(), batch)
+            if isinstance(share, AttentionShare):
+                epsilon = self.config.norm_epsilon
+                return native.prompt_attention(row, x, share, batch, epsilon)
         if isinstance(share, AttentionShare):
             return attention_part(x, share, batch, self.cache, self.config)
         assert isinstance(share, MlpShare)
@@ -202,7 +205,9 @@ class ModelShard:
             logits, where they came with them.
         """
         native = self._native
-        if isinstance(batch, NativeBatch) and native is not None and first_row in native:
+        is_native = isinstance(batch, NativeBatch) and batch.kind == "generated"
+        if is_native and native is not None and first_row in native:
+            assert isinstance(batch, NativeBatch)
             head = self._native_head if end_row == self.plan.shape.head_row else None
             return native.advance(first_row, end_row, x.contiguous(), batch, head, logit_rows)
         x = self.add(first_row, x, self.part(first_row, x, batch))

@@ -6,14 +6,15 @@
 #include "attention_kernels.h"
 #include "element_kernels.h"
 #include "product_kernels.h"
+#include "prompt_kernels.h"
 
 namespace shardmix {
 
 template <class Isa>
 static constexpr KernelTable table_of() {
-    return {multiply<Isa>, dequantize,   rms_norm<Isa>, quantize<Isa>,
-            gate<Isa>, softcap<Isa>, attend<Isa>, find_above<Isa>,
-            find_maxima<Isa>, sum_exponentials, read_all<Isa>};
+    return {multiply<Isa>, dequantize,   rms_norm<Isa>,     quantize<Isa>,
+            gate<Isa>,     softcap<Isa>, attend<Isa>,       attend_block<Isa>,
+            find_above<Isa>, find_maxima<Isa>, sum_exponentials, read_all<Isa>};
 }
 
 }  // namespace shardmix

@@ -1,4 +1,5 @@
-// The attention half of a layer for generated tokens: everything between two exchanges.
+// The attention half of a layer for generated tokens: everything between two exchanges; and for
+// prompts, whose products are made elsewhere, what lies between these.
 
 #include <cmath>
 
@@ -11,31 +12,51 @@ namespace {
 // Parts that one thread computes for a token and a KV head, before it is worth to share them out.
 constexpr int64_t kPartsAlone = 2;
 
-struct Attention {
-    const Step &step;
-    const shardmix_attention_share &share;
-    int64_t row;
+// Tokens of one segment that follow each other.
+struct Block {
+    int64_t first_token;
     int64_t num_tokens;
-    PreparedTokens inputs;
-    PreparedTokens attended;
-    float *projected;
+};
+
+// What lies between the two products.
+struct Heads {
+    const shardmix_step &in;
+    const shardmix_attention_share &share;
+    StepMemory &memory;
+    ThreadTeam &team;
+    float *projected;  // [T, (H + 2 KV heads) D]; queries, keys and values are placed in it
+    float *attended;   // [T, H D]
+    int64_t num_tokens;
     int64_t max_parts;  // of any token
     bool is_split;      // parts of a token are computed apart, and then joined
 
-    Attention(const Step &step, const shardmix_attention_share &share, int64_t row)
-        : step(step),
+    Heads(const shardmix_step &in, const shardmix_attention_share &share, StepMemory &memory,
+          ThreadTeam &team, float *projected, float *attended)
+        : in(in),
           share(share),
-          row(row),
-          num_tokens(step.in.num_tokens),
-          inputs(step.memory.inputs.view(*share.qkv, num_tokens)),
-          attended(step.memory.middle.view(*share.output, num_tokens)),
-          projected(step.memory.projected.data()),
+          memory(memory),
+          team(team),
+          projected(projected),
+          attended(attended),
+          num_tokens(in.num_tokens),
           max_parts(most_parts()),
           is_split(max_parts > kPartsAlone &&
-                   num_tokens * share.num_kv_heads < 4 * step.team.num_threads()) {}
+                   num_tokens * share.num_kv_heads < 4 * team.num_threads()) {}
+
+    void reserve() const {
+        int64_t num_heads = num_tokens * share.num_heads;
+        // Parts that are not split are joined by the thread that computes them.
+        int64_t kept = is_split ? num_heads * max_parts : team.num_threads() * share.num_heads;
+        memory.highest.reserve(num_heads);
+        memory.totals.reserve(num_heads);
+        memory.maxima.reserve(kept);
+        memory.weights.reserve(kept);
+        memory.parts.reserve(kept * share.head_width);
+    }
 
     int64_t num_columns() const { return share.qkv->num_rows; }
-    const Token &token(int64_t t) const { return step.memory.tokens.data()[t]; }
+    float *target(int64_t t) const { return attended + t * share.num_heads * share.head_width; }
+    const Token &token(int64_t t) const { return memory.tokens.data()[t]; }
 
     int64_t first_visible(int64_t position) const {
         int64_t first = position - share.reach + 1;
@@ -61,48 +82,76 @@ struct Attention {
     }
 
     // Whether a token sees another one of the same step.
-    bool has_runs() const { return step.in.num_segments < num_tokens; }
+    bool has_runs() const { return in.num_segments < num_tokens; }
 
-    // Whether no group of the output matrix has columns of two heads.
-    bool has_whole_groups() const { return begin_groups(*share.output, share.head_width); }
-
-    void work(Phase *phases) {
-        ThreadTeam &team = step.team;
-        team.share_each(phases[0], num_tokens, [&](int64_t t) {
-            kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
-                               inputs.values(t));
-            inputs.prepare(t);
-        });
-        share_product(team, phases[1], *share.qkv, inputs, projected,
-                      first_weights(*share.output, team));
+    // Three phases; `complete(t, kv_head)` once a KV head's query heads have attended.
+    template <class Complete>
+    void work(Phase *phases, Complete complete) const {
         int64_t kv_heads = share.num_kv_heads, units = num_tokens * kv_heads;
         bool is_placed_apart = is_split || has_runs();
         if (is_placed_apart)
-            team.share_each(phases[2], units,
-                       [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
+            team.share_each(phases[0], units,
+                            [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
         if (is_split) {
-            team.share_each(phases[3], units * max_parts, [&](int64_t n) {
+            team.share_each(phases[1], units * max_parts, [&](int64_t n) {
                 int64_t t = n / (kv_heads * max_parts), part = n % max_parts;
                 if (part < num_parts(token(t).position))
                     attend(t, n / max_parts % kv_heads, part, t * max_parts + part);
             });
-            team.share_each(phases[4], units,
-                       [&](int64_t n) { join(n / kv_heads, n % kv_heads); });
+            team.share_each(phases[2], units, [&](int64_t n) {
+                int64_t t = n / kv_heads, kv_head = n % kv_heads;
+                for (int64_t part = 0; part < num_parts(token(t).position); ++part)
+                    add_part(t, kv_head, part, t * max_parts + part);
+                divide(t, kv_head);
+                complete(t, kv_head);
+            });
         } else {
-            team.share_each(phases[3], units, [&](int64_t n) {
+            team.share_each(phases[1], units, [&](int64_t n) {
                 int64_t t = n / kv_heads, kv_head = n % kv_heads;
                 if (!is_placed_apart) place(t, kv_head);
                 for (int64_t part = 0; part < num_parts(token(t).position); ++part) {
-                    attend(t, kv_head, part, t);
-                    add_part(t, kv_head, part, t);
+                    attend(t, kv_head, part, team.rank());
+                    add_part(t, kv_head, part, team.rank());
                 }
+                divide(t, kv_head);
                 complete(t, kv_head);
             });
         }
-        if (!has_whole_groups())
-            team.share_each(phases[5], num_tokens, [&](int64_t t) { attended.prepare(t); });
-        share_product(team, phases[6], *share.output, attended, step.sums(row),
-                      step.first_weights(row + 1));
+    }
+
+    // The same for prompts, whose neighbours read the same positions; two phases.
+    void work_blocks(Phase *phases, const Block *blocks, int64_t num_blocks) const {
+        int64_t kv_heads = share.num_kv_heads;
+        team.share_each(phases[0], num_tokens * kv_heads,
+                        [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
+        team.share_each(phases[1], num_blocks * kv_heads,
+                        [&](int64_t n) { attend_block(blocks[n / kv_heads], n % kv_heads); });
+    }
+
+    void attend_block(const Block &tokens, int64_t kv_head) const {
+        int64_t width = share.head_width, head = share.first_heads[kv_head];
+        const Token &first = token(tokens.first_token);
+        int64_t first_visible[kBlockTokens];
+        for (int64_t t = 0; t < tokens.num_tokens; ++t)
+            first_visible[t] = this->first_visible(first.position + t);
+        AttentionBlock block;
+        block.queries = projected + tokens.first_token * num_columns() + head * width;
+        block.query_stride = num_columns();
+        block.num_tokens = tokens.num_tokens;
+        block.num_heads = share.first_heads[kv_head + 1] - head;
+        block.head_width = width;
+        const shardmix_place &ring = first.segment->places[share.place];
+        int64_t offset = kv_head * ring.capacity * width * value_bytes();
+        block.keys = (const char *)ring.keys + offset;
+        block.values = (const char *)ring.values + offset;
+        block.cache_dtype = share.cache_dtype;
+        block.capacity = ring.capacity;
+        block.first_position = first.position;
+        block.first_visible = first_visible;
+        block.outputs = target(tokens.first_token) + head * width;
+        block.output_stride = share.num_heads * width;
+        block.memory = memory.parts.data() + team.rank() * block_memory(share.num_heads, width);
+        kernels().attend_block(block);
     }
 
     // Bias, norm and rotation of a KV head and its query heads; its keys and values go into the cache.
@@ -114,8 +163,7 @@ struct Attention {
             float *query = with_bias(heads, h);
             rotate(query, t, share.q_norm);
             float scale = (float)share.scale;
-            if (share.rope_layout == SHARDMIX_NO_ROPE && step.in.query_scale)
-                scale *= step.in.query_scale[t];
+            if (share.rope_layout == SHARDMIX_NO_ROPE && in.query_scale) scale *= in.query_scale[t];
             for (int64_t d = 0; d < width; ++d) query[d] *= scale;
         }
         float *key = with_bias(heads, num_heads + kv_head);
@@ -139,7 +187,7 @@ struct Attention {
         float epsilon = (float)share.norm_epsilon;
         if (norm) kernels().rms_norm(head, norm, epsilon, width, head);
         if (share.rope_layout == SHARDMIX_NO_ROPE) return;
-        const float *c = step.in.cos[share.rope] + t * half, *s = step.in.sin[share.rope] + t * half;
+        const float *c = in.cos[share.rope] + t * half, *s = in.sin[share.rope] + t * half;
         bool is_half = share.rope_layout == SHARDMIX_HALF;
         for (int64_t i = 0; i < half; ++i) {
             float *a = is_half ? head + i : head + 2 * i, *b = is_half ? a + half : a + 1;
@@ -180,9 +228,9 @@ struct Attention {
         unit.first_position = first > visible ? first : visible;
         unit.end_position = end < position + 1 ? end : position + 1;
         unit.next_keys = keys_after(t, kv_head, part);
-        unit.maxima = step.memory.maxima.data() + kept;
-        unit.sums = step.memory.weights.data() + kept;
-        unit.outputs = step.memory.parts.data() + kept * width;
+        unit.maxima = memory.maxima.data() + kept;
+        unit.sums = memory.weights.data() + kept;
+        unit.outputs = memory.parts.data() + kept * width;
         kernels().attend(unit);
     }
 
@@ -208,12 +256,12 @@ struct Attention {
         int64_t width = share.head_width, num_heads = share.num_heads;
         for (int64_t h = share.first_heads[kv_head]; h < share.first_heads[kv_head + 1]; ++h) {
             int64_t kept = at * num_heads + h;
-            const float *values = step.memory.parts.data() + kept * width;
-            float maximum = step.memory.maxima.data()[kept];
-            float weight = step.memory.weights.data()[kept];
-            float *target = attended.values(t) + h * width;
-            float &highest = step.memory.highest.data()[t * num_heads + h];
-            float &total = step.memory.totals.data()[t * num_heads + h];
+            const float *values = memory.parts.data() + kept * width;
+            float maximum = memory.maxima.data()[kept];
+            float weight = memory.weights.data()[kept];
+            float *target = this->target(t) + h * width;
+            float &highest = memory.highest.data()[t * num_heads + h];
+            float &total = memory.totals.data()[t * num_heads + h];
             if (part == 0) {
                 for (int64_t d = 0; d < width; ++d) target[d] = values[d];
                 highest = maximum;
@@ -228,42 +276,82 @@ struct Attention {
         }
     }
 
-    void join(int64_t t, int64_t kv_head) const {
-        for (int64_t part = 0; part < num_parts(token(t).position); ++part)
-            add_part(t, kv_head, part, t * max_parts + part);
-        complete(t, kv_head);
-    }
-
-    // What a KV head's query heads attended to, made ready for the output matrix.
-    void complete(int64_t t, int64_t kv_head) const {
+    // Once all parts of a KV head are there.
+    void divide(int64_t t, int64_t kv_head) const {
         int64_t width = share.head_width;
-        int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
-        for (int64_t h = first; h < end; ++h) {
-            float *target = attended.values(t) + h * width;
-            float total = step.memory.totals.data()[t * share.num_heads + h];
+        for (int64_t h = share.first_heads[kv_head]; h < share.first_heads[kv_head + 1]; ++h) {
+            float *target = this->target(t) + h * width;
+            float total = memory.totals.data()[t * share.num_heads + h];
             for (int64_t d = 0; d < width; ++d) target[d] /= total;
         }
-        if (has_whole_groups())
-            attended.prepare(t, group_at(*share.output, first * width),
-                             group_at(*share.output, end * width));
     }
 };
+
+struct Attention {
+    const Step &step;
+    const shardmix_attention_share &share;
+    int64_t row;
+    PreparedTokens inputs;
+    PreparedTokens attended;
+    Heads heads;
+
+    Attention(const Step &step, const shardmix_attention_share &share, int64_t row)
+        : step(step),
+          share(share),
+          row(row),
+          inputs(step.memory.inputs.view(*share.qkv, step.in.num_tokens)),
+          attended(step.memory.middle.view(*share.output, step.in.num_tokens)),
+          heads(step.in, share, step.memory, step.team, step.memory.projected.data(),
+                attended.values(0)) {}
+
+    // Whether no group of the output matrix has columns of two heads.
+    bool has_whole_groups() const { return begin_groups(*share.output, share.head_width); }
+
+    void work(Phase *phases) const {
+        ThreadTeam &team = step.team;
+        team.share_each(phases[0], heads.num_tokens, [&](int64_t t) {
+            kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
+                               inputs.values(t));
+            inputs.prepare(t);
+        });
+        share_product(team, phases[1], *share.qkv, inputs, heads.projected,
+                      first_weights(*share.output, team));
+        bool are_whole = has_whole_groups();
+        heads.work(phases + 2, [&](int64_t t, int64_t kv_head) {
+            if (!are_whole) return;
+            int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
+            attended.prepare(t, group_at(*share.output, first * share.head_width),
+                             group_at(*share.output, end * share.head_width));
+        });
+        if (!are_whole)
+            team.share_each(phases[5], heads.num_tokens, [&](int64_t t) { attended.prepare(t); });
+        share_product(team, phases[6], *share.output, attended, step.sums(row),
+                      step.first_weights(row + 1));
+    }
+};
+
+// Blocks begin where their segments do. Returns how many there are.
+int64_t cut_blocks(const shardmix_step &step, Block *blocks) {
+    int64_t count = 0, first = 0;
+    for (int64_t s = 0; s < step.num_segments; ++s) {
+        int64_t end = first + step.segments[s].num_tokens;
+        for (; first < end; first += blocks[count++].num_tokens) {
+            int64_t left = end - first;
+            blocks[count] = {first, left < kBlockTokens ? left : kBlockTokens};
+        }
+    }
+    return count;
+}
 
 }  // namespace
 
 void reserve_attention(const Step &step, const shardmix_attention_share &share) {
     StepMemory &memory = step.memory;
-    int64_t num_tokens = step.in.num_tokens, num_heads = num_tokens * share.num_heads;
+    int64_t num_tokens = step.in.num_tokens;
     memory.inputs.reserve(*share.qkv, num_tokens);
     memory.middle.reserve(*share.output, num_tokens);
     memory.projected.reserve(num_tokens * share.qkv->num_rows);
-    memory.highest.reserve(num_heads);
-    memory.totals.reserve(num_heads);
-    Attention attention(step, share, 0);
-    int64_t parts = attention.is_split ? num_heads * attention.max_parts : num_heads;
-    memory.maxima.reserve(parts);
-    memory.weights.reserve(parts);
-    memory.parts.reserve(parts * share.head_width);
+    Attention(step, share, 0).heads.reserve();
 }
 
 void work_attention(const Step &step, int64_t row, Phase *phases) {
@@ -297,3 +385,25 @@ bool is_consistent(const shardmix_attention_share &share, const shardmix_step &s
 }
 
 }  // namespace shardmix
+
+using namespace shardmix;
+
+int64_t shardmix_attend(const shardmix_attention_share *share, const shardmix_step *step,
+                        float *projected, float *attended) {
+    if (!share || !step || !projected || !attended) return SHARDMIX_BAD_ARGUMENT;
+    if (!is_valid_step(*step) || !is_consistent(*share, *step)) return SHARDMIX_BAD_ARGUMENT;
+    return status_of([&] {
+        static thread_local StepMemory memory;
+        ThreadTeam &team = ThreadTeam::of_process();
+        lay_out_tokens(*step, memory.tokens.reserve(step->num_tokens));
+        Heads heads(*step, *share, memory, team, projected, attended);
+        memory.parts.reserve(team.num_threads() * block_memory(share->num_heads, share->head_width));
+        int64_t most_blocks = step->num_tokens / kBlockTokens + step->num_segments;
+        static thread_local Buffer<Block> blocks;
+        int64_t num_blocks = cut_blocks(*step, blocks.reserve(most_blocks));
+        Phase phases[2];
+        const Block *first_block = blocks.data();
+        auto work = [&] { heads.work_blocks(phases, first_block, num_blocks); };
+        run_on(team, work);
+    });
+}

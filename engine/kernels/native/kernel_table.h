@@ -54,6 +54,36 @@ struct AttentionUnit {
     float *outputs;            // [heads, D]: values weighed so
 };
 
+constexpr int64_t kBlockTokens = 16;  // tokens that one attention block covers, at most
+constexpr int64_t kTile = 32;         // positions that it looks at together
+
+// Query heads that share a KV head, of tokens that follow each other, over all positions they see.
+struct AttentionBlock {
+    const float *queries;          // of the first token [heads, D], times the scale
+    int64_t query_stride;          // values to those of the next token
+    int64_t num_tokens;
+    int64_t num_heads;
+    int64_t head_width;
+    const void *keys;              // as of an AttentionUnit
+    const void *values;
+    int64_t cache_dtype;
+    int64_t capacity;
+    int64_t first_position;        // of the first token
+    const int64_t *first_visible;  // [tokens], ascending
+    float *outputs;                // of the first token [heads, D]
+    int64_t output_stride;
+    float *memory;                 // block_memory of it
+};
+
+// Sums of whole vectors of columns are taken at a time.
+static inline int64_t padded_width(int64_t head_width) { return (head_width + 15) / 16 * 16; }
+
+// Values that a block needs besides its inputs and outputs.
+static inline int64_t block_memory(int64_t num_heads, int64_t head_width) {
+    int64_t width = padded_width(head_width);
+    return kTile * width + num_heads * kBlockTokens * (2 * width + kTile + 2);
+}
+
 struct KernelTable {
     // out [T, N] of the rows in panels [first, end).
     // `next`: weights that this thread reads afterwards; null if that is not known.
@@ -70,6 +100,7 @@ struct KernelTable {
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
     void (*attend)(const AttentionUnit &unit);
+    void (*attend_block)(const AttentionBlock &block);
     // The first index from `start` on whose value is not at most `limit`; `count` where there is none.
     int64_t (*find_above)(const float *values, int64_t start, int64_t count, float limit);
     // The largest of every 64 values; what is no number is left out, or counts as infinity.

@@ -212,6 +212,19 @@ static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_
                                                                  out, after);
 }
 
+#ifdef __AVX512F__
+// As `to_bfloat16`. Not by the instruction for it, which takes denormals for zeros.
+static inline __m256i to_bfloat16s(__m512 values) {
+    __m512i bits = _mm512_castps_si512(values), high = _mm512_srli_epi32(bits, 16);
+    __m512i last = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, quiet);
+    return _mm512_cvtepi32_epi16(rounded);
+}
+#endif
+
 static inline void write_float(float *out, float value) { *out = value; }
 static inline void write_float(uint16_t *out, float value) { *out = to_bfloat16(value); }
 
@@ -219,7 +232,12 @@ static inline void write_floats(float *out, const float *values, int64_t count) 
     memcpy(out, values, (size_t)count * sizeof(float));
 }
 static inline void write_floats(uint16_t *out, const float *values, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) out[j] = to_bfloat16(values[j]);
+    int64_t j = 0;
+#ifdef __AVX512F__
+    for (; j + 16 <= count; j += 16)
+        _mm256_storeu_si256((__m256i *)(out + j), to_bfloat16s(_mm512_loadu_ps(values + j)));
+#endif
+    for (; j < count; ++j) out[j] = to_bfloat16(values[j]);
 }
 
 // Rows of a panel, into rows of `columns` values.

@@ -25,15 +25,6 @@ const char *Step::first_weights(int64_t row) const {
                      : shardmix::first_weights(*rows[row].mlp, team);
 }
 
-namespace {
-
-bool is_valid_row(const shardmix_row &row, const shardmix_step &step, int64_t width) {
-    if (!row.attention == !row.mlp) return false;
-    if (row.attention)
-        return is_consistent(*row.attention, step) && row.attention->output->num_rows == width;
-    return is_consistent(*row.mlp) && row.mlp->down->num_rows == width;
-}
-
 bool is_valid_step(const shardmix_step &step) {
     if (!step.segments || step.num_segments < 1) return false;
     int64_t total = 0;
@@ -49,6 +40,15 @@ void lay_out_tokens(const shardmix_step &step, Token *tokens) {
     for (int64_t s = 0, n = 0; s < step.num_segments; ++s)
         for (int64_t i = 0; i < step.segments[s].num_tokens; ++i, ++n)
             tokens[n] = {&step.segments[s], step.segments[s].first_position + i};
+}
+
+namespace {
+
+bool is_valid_row(const shardmix_row &row, const shardmix_step &step, int64_t width) {
+    if (!row.attention == !row.mlp) return false;
+    if (row.attention)
+        return is_consistent(*row.attention, step) && row.attention->output->num_rows == width;
+    return is_consistent(*row.mlp) && row.mlp->down->num_rows == width;
 }
 
 void finish(const Step &step, Phase &phase) {

@@ -157,6 +157,11 @@ SHARDMIX_EXPORT int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows
                                       int64_t is_partial, float *out,
                                       const shardmix_head_share *head, const int64_t *head_tokens,
                                       int64_t num_head_tokens, float *logits);
+// What lies between the two products of an attention half: biases, norms, rotations, the new keys and
+// values into the cache, attention. `projected` [T, rows of qkv] is changed; `attended` is [T, H D].
+SHARDMIX_EXPORT int64_t shardmix_attend(const shardmix_attention_share *share,
+                                        const shardmix_step *step, float *projected,
+                                        float *attended);
 // Logits [T, rows] of the stream x [T, width].
 SHARDMIX_EXPORT int64_t shardmix_head_part(const shardmix_head_share *share, const float *x,
                                            int64_t num_tokens, float *out);

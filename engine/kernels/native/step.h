@@ -17,6 +17,8 @@ struct Token {
     int64_t position;
 };
 
+void lay_out_tokens(const shardmix_step &step, Token *tokens);
+
 // Grows, and is kept for the next call of the same thread.
 struct StepMemory {
     TokenMemory inputs;        // of a row's first matrix
@@ -24,9 +26,9 @@ struct StepMemory {
     Buffer<float> projected;   // [T, rows of the first matrix]
     Buffer<float> sums;        // [T, width]: what a row adds to the stream
     Buffer<Token> tokens;
-    Buffer<float> maxima;      // [parts, H]: see AttentionUnit
-    Buffer<float> weights;     // [parts, H]
-    Buffer<float> parts;       // [parts, H, D]
+    Buffer<float> maxima;      // [parts or threads, H]: see AttentionUnit
+    Buffer<float> weights;     // [parts or threads, H]
+    Buffer<float> parts;       // [parts or threads, H, D]
     Buffer<float> highest;     // [T, H]: of the maxima of the parts that are joined
     Buffer<float> totals;      // [T, H]: of their weights
     Buffer<Phase> phases;
@@ -83,6 +85,7 @@ void work_mlp(const Step &step, int64_t row, Phase *phases);
 // As `Step::first_weights`.
 const char *first_weights(const shardmix_mlp_share &share, const ThreadTeam &team);
 
+bool is_valid_step(const shardmix_step &step);
 bool is_consistent(const shardmix_attention_share &share, const shardmix_step &step);
 bool is_consistent(const shardmix_mlp_share &share);
 bool is_consistent(const shardmix_head_share &share);

@@ -89,15 +89,15 @@ class ThreadTeam {
 
     int64_t num_threads() const { return (int64_t)helpers_.size() + 1; }
 
+    // Of this thread in its team: the caller's is 0.
+    static int64_t rank();
+
     static constexpr int64_t kNothing = -1;
 
    private:
     // Of what an even share would be, the part that a thread has to itself.
     static constexpr int64_t kFirstPercent = 50;
     static constexpr int64_t kMostFirsts = 64;
-
-    // Of this thread in its team: the caller's is 0.
-    static int64_t rank();
 
     int64_t units_each(int64_t total, int64_t size) const {
         int64_t threads = num_threads();

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import native_kernels
-from engine.kernels.matrices import BFloat16Matrix, Matrix
+from engine.kernels.matrices import BFloat16Matrix, Float32Matrix, Matrix
 from engine.kernels.native_kernels import NativeHead, NativeRow, NativeRows
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_matrices import repack
@@ -60,6 +60,12 @@ class Case:
         """The share with the same weights, and activations rounded as native kernels do."""
         return self._with(_RoundingMatrix)
 
+    def wide(self) -> Any:
+        """The share with the same weights in float32."""
+        return self._with(
+            lambda matrix: Float32Matrix(torch.as_tensor(exact_values(matrix)).float())
+        )
+
     def native(self, library: NativeLibrary) -> Any:
         """The share with packed weights."""
         return self._with(lambda matrix: repack(matrix, library))
@@ -73,14 +79,14 @@ class Case:
         dense = share.dense
         return replace(share, dense=Mlp(gate_up=change(dense.gate_up), down=change(dense.down)))
 
-    def batch(self, *segments: tuple[int, int, int]) -> Batch:
-        """Generated tokens. Args: segments: slot, first position, count."""
+    def batch(self, *segments: tuple[int, int, int], kind: StepKind = "generated") -> Batch:
+        """Tokens of a step. Args: segments: slot, first position, count."""
         made = tuple(
             Segment(slot=slot, first_position=first, token_count=count, logit_offsets=())
             for slot, first, count in segments
         )
         ropes = [RopeTable(rope, self.config.head_width, CPU) for rope in self.config.ropes]
-        return make_batch("generated", made, ropes, self.config, CPU)
+        return make_batch(kind, made, ropes, self.config, CPU)
 
 
 class NativeHalf:
@@ -100,6 +106,16 @@ class NativeHalf:
         """This share's part of the sum; without a batch, of tokens that follow each other."""
         batch = batch or self._case.batch((0, 0, max(1, x.shape[0])))
         return self._rows.part(0, x, self._rows.batch(batch))
+
+    def prompt(self, x: Tensor, batch: Batch) -> Tensor:
+        """The same of a prompt, with products in float32."""
+        epsilon = self._case.config.norm_epsilon
+        share, prepared = self._case.wide(), self._rows.batch(batch)
+        return self._rows.prompt_attention(0, x, share, prepared, epsilon)
+
+    def attend(self, projected: Tensor, batch: Batch) -> Tensor:
+        """What lies between the products."""
+        return self._rows.attend(0, projected.clone(), self._rows.batch(batch))
 
 
 def native_head(case: Case, library: NativeLibrary) -> NativeHead:

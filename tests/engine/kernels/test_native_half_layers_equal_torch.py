@@ -48,6 +48,13 @@ STEPS: tuple[Step, ...] = (
     ((2, 8, 70),),
     ((0, 6, 1), (2, 78, 2)),
 )
+# The same with blocks of tokens and tiles of positions, whole ones and rests.
+PROMPTS: tuple[Step, ...] = (
+    ((0, 0, 40), (5, 0, 16)),
+    ((5, 16, 1), (0, 40, 33), (2, 0, 3)),
+    ((5, 17, 100),),
+    ((2, 3, 15), (0, 73, 48)),
+)
 shared = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -100,6 +107,50 @@ def test_attention_agrees_over_every_kind_of_layer(
 ) -> None:
     use(library, data)
     assert_attention_agrees(library, attention_case(config, format, heads), STEPS, kv, WINDOW)
+
+
+def assert_prompts_agree(
+    library: NativeLibrary, case: Case, steps: tuple[Step, ...], kv: CacheDtype, window: int
+) -> None:
+    config, wide = case.config, case.wide()
+    native = NativeHalf(case, library, window, kv)
+    cache = KVCache(config, {0: wide.num_kv_heads}, window, kv, CPU)
+    for number, step in enumerate(steps):
+        batch = case.batch(*step, kind="prompt")
+        for slot, first, count in step:
+            cache.extend(slot, first, count)
+            native.cache.extend(slot, first, count)
+        x = random_stream(config, sum(count for _, _, count in step), number)
+        expected = torch_kernels.attention_part(x, wide, batch, cache, config)
+        assert_near(native.prompt(x, batch), expected, CACHE_TOLERANCES[kv])
+
+
+@shared
+@given(
+    config=configs(),
+    heads=st.sampled_from([(0, 6), (2, 5), (1, 2), (0, 4)]),
+    kv=st.sampled_from(["float32", "float16", "bfloat16"]),
+    data=st.data(),
+)
+def test_prompts_attend_as_in_torch_over_every_kind_of_layer(
+    library: NativeLibrary,
+    config: ModelConfig,
+    heads: tuple[int, int],
+    kv: CacheDtype,
+    data: st.DataObject,
+) -> None:
+    use(library, data)
+    assert_prompts_agree(library, attention_case(config, "bfloat16", heads), PROMPTS, kv, WINDOW)
+
+
+@pytest.mark.parametrize("span", [0, 30, 400])
+def test_prompts_attend_as_in_torch_in_a_ring_that_has_wrapped(
+    library: NativeLibrary, span: int
+) -> None:
+    layer = Layer(mlp_width=43, reach="sliding" if span else "full", span=span)
+    case = attention_case(config_of(layers=(layer,)), "bfloat16")
+    steps = tuple([((0, first, 700),) for first in range(0, 3500, 700)])
+    assert_prompts_agree(library, case, steps, "float32", 600)
 
 
 @pytest.mark.parametrize("span", [0, 30, 400])

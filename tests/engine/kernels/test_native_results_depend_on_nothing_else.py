@@ -95,6 +95,36 @@ def test_attention_is_the_same_in_every_company_and_on_every_number_of_threads(
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("span", [0, 45])
+def test_a_prompt_attends_the_same_however_it_is_cut(library: NativeLibrary, span: int) -> None:
+    """Token by token, and in blocks that begin and end anywhere, beside another slot."""
+    layer = Layer(mlp_width=43, reach="sliding" if span else "full", span=span)
+    case = attention_case(config_of(layers=(layer,)), "bfloat16")
+    length = 130
+    width = (6 + 2 * 2) * case.config.head_width
+    projected = torch.randn(length, width, generator=torch.Generator().manual_seed(3))
+
+    def attend(pieces: list[tuple[int, int]], others: list[tuple[int, int]]) -> torch.Tensor:
+        native = NativeHalf(case, library, WINDOW, "float16")
+        found: list[torch.Tensor] = []
+        for (first, count), (other, tokens) in zip(pieces, others, strict=True):
+            segments = [(4, other, tokens), (0, first, count)] if tokens else [(0, first, count)]
+            for slot, start, number in segments:
+                native.cache.extend(slot, start, number)
+            rows = [projected[other : other + tokens], projected[first : first + count]]
+            batch = case.batch(*segments, kind="prompt")
+            found.append(native.attend(torch.cat(rows), batch)[tokens:])
+        return torch.cat(found)
+
+    alone = attend([(n, 1) for n in range(length)], [(0, 0)] * length)
+    pieces = [(0, 1), (1, 33), (34, 16), (50, 79), (129, 1)]
+    others = [(0, 3), (3, 1), (4, 20), (24, 5), (29, 0)]
+    for threads in (1, 2, 4):
+        library.set_num_threads(threads)
+        assert torch.equal(attend(pieces, others), alone)
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_mlp_is_the_same_in_every_batch_and_on_every_number_of_threads(
     library: NativeLibrary, format: str

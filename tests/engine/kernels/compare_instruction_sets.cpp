@@ -54,7 +54,7 @@ struct Matrix {
 
 struct Model {
     Matrix qkv, output, gate_up, down, even_gate_up, even_down, head;
-    std::vector<float> norm, stream, cos, sin;
+    std::vector<float> norm, stream, projected, cos, sin;
 
     explicit Model(int64_t format)
         : qkv(format, (kHeads + 2 * kKvHeads) * kHeadWidth, kWidth, kWidth),
@@ -65,8 +65,10 @@ struct Model {
           even_down(format, kWidth, kEvenColumns, kEvenColumns),
           head(format, kRows, kWidth, kWidth),
           norm(kWidth, 1.1f),
-          stream(kTokens * kWidth) {
+          stream(kTokens * kWidth),
+          projected(kTokens * (kHeads + 2 * kKvHeads) * kHeadWidth) {
         for (float &value : stream) value = random_value();
+        for (float &value : projected) value = random_value();
         for (int64_t i = 0; i < kTokens * kHeadWidth / 2; ++i) {
             cos.push_back(std::cos(0.1f * (float)i));
             sin.push_back(std::sin(0.1f * (float)i));
@@ -74,9 +76,11 @@ struct Model {
     }
 };
 
+constexpr size_t kParts = 5;
 using Results = std::vector<std::vector<float>>;
 
-// Two steps of attention and another MLP, the MLP whose tokens are also computed alone, the head.
+// Two steps of attention and another MLP, the MLP whose tokens are also computed alone, the head, a
+// prompt's attention after the two steps.
 Results compute(const Model &model, int64_t variant) {
     int64_t first_heads[] = {0, 3, 6};
     shardmix_attention_share attention{};
@@ -105,8 +109,9 @@ Results compute(const Model &model, int64_t variant) {
     shardmix_place place{keys.data(), values.data(), kCapacity};
     const float *cos = model.cos.data(), *sin = model.sin.data();
     const float *stream = model.stream.data();
-    Results results(4, std::vector<float>(kTokens * kWidth));
+    Results results(kParts, std::vector<float>(kTokens * kWidth));
     results[3].resize(kTokens * kRows);
+    results[4].resize(kTokens * kHeads * kHeadWidth);
     int64_t failed = 0;
     shardmix_segment segment{&place, 1, 0, kTokens};
     shardmix_step step{&segment, 1, kTokens, &cos, &sin, 1, nullptr};
@@ -116,6 +121,8 @@ Results compute(const Model &model, int64_t variant) {
     failed |= shardmix_rows(&single, 1, &step, kWidth, stream, 1, results[2].data(), nullptr, nullptr, 0,
                             nullptr);
     failed |= shardmix_head_part(&head, stream, kTokens, results[3].data());
+    std::vector<float> projected = model.projected;
+    failed |= shardmix_attend(&attention, &step, projected.data(), results[4].data());
     std::vector<float> alone(kWidth);
     step.num_tokens = segment.num_tokens = 1;
     for (int64_t t = 0; t < kTokens; ++t) {
@@ -146,12 +153,12 @@ int64_t compare(int64_t set, int64_t portable, int64_t format, int64_t threads) 
         Results expected = compute(model, variant);
         shardmix_select(set);
         Results found = compute(model, variant);
-        if (found.size() != 4 || expected.size() != 4) {
+        if (found.size() != kParts || expected.size() != kParts) {
             std::printf("refused, or changed by company: format %d\n", (int)format);
             return num_wrong + 1;
         }
         bool is_exact = format == SHARDMIX_BFLOAT16 && variant == SHARDMIX_FLOAT32;
-        for (size_t part = 0; part < 4; ++part) {
+        for (size_t part = 0; part < kParts; ++part) {
             double difference = largest_difference(found[part], expected[part]);
             if (difference <= (is_exact ? kExact : kRounded)) continue;
             std::printf("%s, format %d, variant %d, part %d: %g\n", shardmix_instruction_set(set),

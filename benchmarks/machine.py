@@ -55,7 +55,10 @@ def write(
     *,
     is_shown: bool = True,
 ) -> None:
-    """Print a result as Markdown, and keep it there and as JSON in a folder; None keeps nothing."""
+    """Print a result as Markdown, and keep it there and as JSON in a folder; None keeps nothing.
+
+    The file's name says what is measured, the machine's kind, and the date.
+    """
     sets = ", ".join(machine["instruction_sets"]) or "unknown instruction sets"
     head = [
         f"# {name}, {machine['date']}",
@@ -70,7 +73,8 @@ def write(
     text = "\n".join([*head, *lines]) + "\n"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{name}-{machine['date']}"
+        kind = (machine["instruction_sets"] or [platform.machine() or "unknown"])[-1]
+        stem = folder / f"{name}-{kind}-{machine['date']}"
         stem.with_suffix(".json").write_text(
             json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
         )

@@ -149,12 +149,14 @@ def newest_result(folder: Path) -> Path:
 
     Raises: ConfigError: there is none.
     """
-    found = sorted(p for p in folder.glob("speed-*.json") if re.search(r"\d{4}-\d\d-\d\d$", p.stem))
+    found = [p for p in folder.glob("speed-*.json") if re.search(r"\d{4}-\d\d-\d\d$", p.stem)]
     if not found:
         raise ConfigError(
-            f"a result was to be drawn and {folder} has no speed-DATE.json. Run: python3 run.py bench"
+            f"a result was to be drawn and {folder} has no speed-MACHINE-DATE.json. Run: python3 "
+            "run.py bench"
         )
-    return found[-1]
+    # Of two of one day any will do, but always the same.
+    return max(found, key=lambda path: (path.stem[-len("2026-01-01") :], path.stem))
 
 
 def main() -> int:

@@ -353,9 +353,10 @@ class PeerLinks:
             num_bytes, num_telling = _FIRST_TRANSFER, 0
             while num_telling < 2:
                 seconds = self._ping(index, num_bytes, num_bytes, wait)
-                estimate.take_transfer(num_bytes, seconds)
                 travelled = seconds - estimate.round_trip_seconds
                 if travelled >= TRANSFER_SECONDS or num_bytes == LARGEST_TRANSFER:
+                    # A short one may fit what a cable or switch lets pass at once.
+                    estimate.take_transfer(num_bytes, seconds)
                     num_telling += 1
                 else:
                     num_bytes = min(4 * num_bytes, LARGEST_TRANSFER)

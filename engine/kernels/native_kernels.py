@@ -1,7 +1,8 @@
-"""The half-layer entry points in C++, for generated tokens on a CPU: one call for many rows.
+"""The half-layer entry points in C++, on a CPU: for generated tokens one call for many rows, for
+prompts what lies between the products of an attention half.
 
-In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; what prompts
-need but attention, other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
+In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; the rest of
+prompts, other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
 only pointers.
 
 T tokens of a step, H query heads and K kv heads of the share, D head width.
@@ -235,10 +236,11 @@ class NativeRows:
 
         Args:
             row: one of these rows, prepared from this share.
-            x_TW: float32 [T, width] residual stream on the CPU.
+            x_TW: contiguous float32 [T, width] residual stream on the CPU.
         Returns: float32 [T, width], this share's part of the sum.
         Raises: ProtocolError: the stream has another shape, dtype or layout.
         """
+        _check_count(batch, _check_stream(x_TW, self._width))
         projected = share.qkv.multiply(rms_norm(x_TW, share.norm, epsilon), batch.kind)
         result = share.output.multiply(self.attend(row, projected, batch), batch.kind)
         return result if share.output_bias is None else result + share.output_bias
@@ -326,12 +328,7 @@ class NativeRows:
         *head: Any,
         is_partial: bool,
     ) -> Tensor:
-        num_tokens = _check_stream(x_TW, self._width)
-        if num_tokens != batch.num_tokens:
-            raise ProtocolError(
-                f"segments of {batch.num_tokens:,} tokens came with a stream of {num_tokens:,}, as "
-                "many are needed. Send the step again"
-            )
+        _check_count(batch, _check_stream(x_TW, self._width))
         run = self._run(first, end)
         assert run is not None
         for slot, end_position in batch.ends if run.layers else ():
@@ -390,6 +387,14 @@ def _check_stream(x_TW: Tensor, width: int) -> int:
             "a native kernel, at least one token in contiguous memory is needed. Copy it"
         )
     return num_tokens
+
+
+def _check_count(batch: NativeBatch, num_tokens: int) -> None:
+    if num_tokens != batch.num_tokens:
+        raise ProtocolError(
+            f"segments of {batch.num_tokens:,} tokens came with a stream of {num_tokens:,}, as "
+            "many are needed. Send the step again"
+        )
 
 
 def _address(name: str, tensor: Tensor, shape: tuple[int, ...]) -> int:

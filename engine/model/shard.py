@@ -184,7 +184,7 @@ class ModelShard:
                 return native.part(row, x.contiguous(), batch)
             if isinstance(share, AttentionShare):
                 epsilon = self.config.norm_epsilon
-                return native.prompt_attention(row, x, share, batch, epsilon)
+                return native.prompt_attention(row, x.contiguous(), share, batch, epsilon)
         if isinstance(share, AttentionShare):
             return attention_part(x, share, batch, self.cache, self.config)
         assert isinstance(share, MlpShare)
@@ -205,9 +205,8 @@ class ModelShard:
             logits, where they came with them.
         """
         native = self._native
-        is_native = isinstance(batch, NativeBatch) and batch.kind == "generated"
-        if is_native and native is not None and first_row in native:
-            assert isinstance(batch, NativeBatch)
+        is_prompt = batch.kind == "prompt"
+        if isinstance(batch, NativeBatch) and not is_prompt and native and first_row in native:
             head = self._native_head if end_row == self.plan.shape.head_row else None
             return native.advance(first_row, end_row, x.contiguous(), batch, head, logit_rows)
         x = self.add(first_row, x, self.part(first_row, x, batch))

@@ -62,10 +62,10 @@ def is_symmetric(key: WeightKey, tensors: Mapping[str, TensorInfo]) -> bool:
 
     Args: key, tensors: as of `weight_format`.
     """
-    infos = [(part, tensors[part.name]) for part in key.slices]
     return all(
-        info.format == "Q4_0" and takes_over(part, info, "int4", key.column_block)
-        for part, info in infos
+        tensors[part.name].format == "Q4_0"
+        and takes_over(part, tensors[part.name], "int4", key.column_block)
+        for part in key.slices
     )
 
 

@@ -30,6 +30,47 @@ struct CachedBFloat16 {
     static inline float load_one(const uint16_t *from) { return from_bfloat16(*from); }
 };
 
+template <class Isa>
+static void rotate(float *head, const float *cos, const float *sin, int64_t num_pairs,
+                   bool are_neighbours) {
+    int64_t i = 0;
+    for (; !are_neighbours && i + Isa::kLanes <= num_pairs; i += Isa::kLanes) {
+        float *low = head + i, *high = low + num_pairs;
+        auto first = Isa::load(low), second = Isa::load(high);
+        auto c = Isa::load(cos + i), s = Isa::load(sin + i), back = Isa::multiply(s, Isa::splat(-1.0f));
+        Isa::store(low, Isa::add(Isa::multiply(first, c), Isa::multiply(second, back)));
+        Isa::store(high, Isa::add(Isa::multiply(second, c), Isa::multiply(first, s)));
+    }
+    for (; i < num_pairs; ++i) {
+        float *low = are_neighbours ? head + 2 * i : head + i;
+        float *high = are_neighbours ? low + 1 : low + num_pairs;
+        float first = *low, second = *high;
+        *low = first * cos[i] - second * sin[i];
+        *high = second * cos[i] + first * sin[i];
+    }
+}
+
+template <class Isa>
+static void write_cached(const float *values, int64_t count, int64_t cache_dtype, void *out) {
+    if (cache_dtype == SHARDMIX_FLOAT32) {
+        memcpy(out, values, (size_t)count * sizeof(float));
+        return;
+    }
+    bool is_float16 = cache_dtype == SHARDMIX_FLOAT16;
+    uint16_t *to = (uint16_t *)out;
+    int64_t d = 0;
+    for (; d + Isa::kLanes <= count; d += Isa::kLanes) {
+        if (is_float16)
+            Isa::store_float16(to + d, Isa::load(values + d));
+        else
+            Isa::store_bfloat16(to + d, Isa::load(values + d));
+    }
+    for (; d < count; ++d) to[d] = is_float16 ? to_float16(values[d]) : to_bfloat16(values[d]);
+}
+
+// What counts as no score at all.
+constexpr float kUnseen = -3.0e38f;
+
 // Positions whose keys are fetched ahead.
 constexpr int64_t kPositionsAhead = 16;
 
@@ -94,7 +135,7 @@ static inline void score(const AttentionUnit &unit, int64_t head, float (*scores
 template <class Isa>
 static inline void weigh(float *scores, int64_t count, float &maximum, float &sum) {
     // Padded with what weighs nothing, so that whole vectors do.
-    for (int64_t p = count; p % Isa::kLanes; ++p) scores[p] = -3.0e38f;
+    for (int64_t p = count; p % Isa::kLanes; ++p) scores[p] = kUnseen;
     auto largest = Isa::load(scores);
     for (int64_t p = Isa::kLanes; p < count; p += Isa::kLanes)
         largest = Isa::maximum(largest, Isa::load(scores + p));

@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "short_floats.h"
 #include "step.h"
 
 namespace shardmix {
@@ -171,8 +170,9 @@ struct Heads {
         rotate(key, t, share.k_norm);
         const shardmix_place &ring = token(t).segment->places[share.place];
         int64_t at = (kv_head * ring.capacity + token(t).position % ring.capacity) * width;
-        keep(key, ring.keys, at);
-        keep(value, ring.values, at);
+        int64_t offset = at * value_bytes();
+        kernels().write_cached(key, width, share.cache_dtype, (char *)ring.keys + offset);
+        kernels().write_cached(value, width, share.cache_dtype, (char *)ring.values + offset);
     }
 
     float *with_bias(float *heads, int64_t head) const {
@@ -188,25 +188,8 @@ struct Heads {
         if (norm) kernels().rms_norm(head, norm, epsilon, width, head);
         if (share.rope_layout == SHARDMIX_NO_ROPE) return;
         const float *c = in.cos[share.rope] + t * half, *s = in.sin[share.rope] + t * half;
-        bool is_half = share.rope_layout == SHARDMIX_HALF;
-        for (int64_t i = 0; i < half; ++i) {
-            float *a = is_half ? head + i : head + 2 * i, *b = is_half ? a + half : a + 1;
-            float first = *a, second = *b;
-            *a = first * c[i] - second * s[i];
-            *b = second * c[i] + first * s[i];
-        }
+        kernels().rotate(head, c, s, half, share.rope_layout == SHARDMIX_ADJACENT);
         if (share.has_l2_norm) kernels().rms_norm(head, nullptr, epsilon, width, head);
-    }
-
-    void keep(const float *values, void *cache, int64_t at) const {
-        for (int64_t d = 0; d < share.head_width; ++d) {
-            if (share.cache_dtype == SHARDMIX_FLOAT32)
-                ((float *)cache)[at + d] = values[d];
-            else if (share.cache_dtype == SHARDMIX_FLOAT16)
-                ((uint16_t *)cache)[at + d] = to_float16(values[d]);
-            else
-                ((uint16_t *)cache)[at + d] = to_bfloat16(values[d]);
-        }
     }
 
     // The query heads of one KV head over one part of the positions; `at` is where it is kept.
@@ -395,6 +378,7 @@ int64_t shardmix_attend(const shardmix_attention_share *share, const shardmix_st
     return status_of([&] {
         static thread_local StepMemory memory;
         ThreadTeam &team = ThreadTeam::of_process();
+        auto held = team.hold();
         lay_out_tokens(*step, memory.tokens.reserve(step->num_tokens));
         Heads heads(*step, *share, memory, team, projected, attended);
         memory.parts.reserve(team.num_threads() * block_memory(share->num_heads, share->head_width));

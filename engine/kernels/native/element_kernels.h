@@ -13,10 +13,11 @@ namespace shardmix {
 // Below this a group counts as zero: its scale's inverse would overflow.
 constexpr float kSmallestMagnitude = 1e-30f;
 
-// e ** x within 2 ulp, for x up to 88; the polynomial is Cephes' expf.
+// e ** x within 2 ulp, for x up to 88, and what is no number stays none: x86 keeps the second factor
+// of a minimum where one is not. The polynomial is Cephes' expf.
 template <class Isa>
 static inline typename Isa::Floats exponential(typename Isa::Floats x) {
-    x = Isa::maximum(Isa::minimum(x, Isa::splat(88.0f)), Isa::splat(-87.0f));
+    x = Isa::maximum(Isa::splat(-87.0f), Isa::minimum(Isa::splat(88.0f), x));
     auto power = Isa::round(Isa::multiply(x, Isa::splat(1.44269504f)));
     // ln 2 in two parts: the first is short, so its product is exact.
     x = Isa::multiply_add(power, Isa::splat(-0.693359375f), x);

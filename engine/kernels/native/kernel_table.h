@@ -99,6 +99,12 @@ struct KernelTable {
                      const QuantizedToken &token);
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
+    // Turn pairs of a head by the angles [pairs] of its position: value i with value pairs + i, or
+    // neighbours.
+    void (*rotate)(float *head, const float *cos, const float *sin, int64_t num_pairs,
+                   bool are_neighbours);
+    // Values in a cache's dtype.
+    void (*write_cached)(const float *values, int64_t count, int64_t cache_dtype, void *out);
     void (*attend)(const AttentionUnit &unit);
     void (*attend_block)(const AttentionBlock &block);
     // The first index from `start` on whose value is not at most `limit`; `count` where there is none.

@@ -27,6 +27,20 @@ struct Avx2 {
         __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
+    static inline void store_float16(uint16_t *to, Floats x) {
+        _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    // As `to_bfloat16`.
+    static inline void store_bfloat16(uint16_t *to, Floats x) {
+        __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+        __m256i last = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+        __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        __m256i words = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, is_nan);
+        _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(_mm256_castsi256_si128(words),
+                                                         _mm256_extracti128_si256(words, 1)));
+    }
     static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
     static inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
     static inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }

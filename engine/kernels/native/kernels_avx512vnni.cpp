@@ -27,6 +27,12 @@ struct Avx512Vnni {
         __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
+    static inline void store_float16(uint16_t *to, Floats x) {
+        _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static inline void store_bfloat16(uint16_t *to, Floats x) {
+        _mm256_storeu_si256((__m256i *)to, to_bfloat16s(x));
+    }
     static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }

@@ -26,6 +26,14 @@ struct Neon {
     static inline Floats load_bfloat16(const uint16_t *from) {
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16));
     }
+    static inline void store_float16(uint16_t *to, Floats x) {
+        vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+    }
+    static inline void store_bfloat16(uint16_t *to, Floats x) {
+        float lanes[kLanes];
+        vst1q_f32(lanes, x);
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = to_bfloat16(lanes[i]);
+    }
     static inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
     static inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
     static inline Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }

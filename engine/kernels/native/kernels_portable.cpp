@@ -38,6 +38,12 @@ struct Portable {
     static inline Floats load_bfloat16(const uint16_t *from) {
         return each([=](int64_t i) { return from_bfloat16(from[i]); });
     }
+    static inline void store_float16(uint16_t *to, const Floats &x) {
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = to_float16(x.lane[i]);
+    }
+    static inline void store_bfloat16(uint16_t *to, const Floats &x) {
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = to_bfloat16(x.lane[i]);
+    }
     static inline Floats add(const Floats &a, const Floats &b) {
         return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
     }
@@ -64,7 +70,8 @@ struct Portable {
     }
     static inline Floats times_power_of_two(const Floats &x, const Floats &power) {
         return each([&](int64_t i) {
-            return x.lane[i] * float_of((uint32_t)((int32_t)power.lane[i] + 127) << 23);
+            float exponent = power.lane[i] == power.lane[i] ? power.lane[i] : 0.0f;
+            return x.lane[i] * float_of((uint32_t)((int32_t)exponent + 127) << 23);
         });
     }
     static inline float sum(const Floats &x) {

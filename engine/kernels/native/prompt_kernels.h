@@ -2,7 +2,7 @@
 //
 // Vectors lie across tokens, so that no sum is ever taken within one. A token's additions have the
 // same order in every block that it may be in: positions are taken in tiles that begin at absolute
-// positions, and what a token does not see weighs nothing.
+// positions, and what a token does not see weighs nothing, as long as it is finite.
 
 #ifndef SHARDMIX_PROMPT_KERNELS_H
 #define SHARDMIX_PROMPT_KERNELS_H
@@ -10,9 +10,6 @@
 #include "attention_kernels.h"
 
 namespace shardmix {
-
-// What counts as no score at all.
-constexpr float kUnseen = -3.0e38f;
 
 // Parts of a block's memory. Data alone: a member function would have one body for all files that are
 // compiled for different machines.
@@ -70,10 +67,11 @@ struct Prompt {
         int64_t width = block.head_width, start = first % block.capacity;
         for (int64_t p = 0; p < count; ++p) {
             int64_t index = start + p < block.capacity ? start + p : start + p - block.capacity;
-            const typename Cached::Value *row = (const typename Cached::Value *)cached + index * width;
+            auto row = (const typename Cached::Value *)cached + index * width;
             float *out = memory.tile + p * memory.width;
             int64_t d = 0;
-            for (; d + Isa::kLanes <= width; d += Isa::kLanes) Isa::store(out + d, Cached::load(row + d));
+            for (; d + Isa::kLanes <= width; d += Isa::kLanes)
+                Isa::store(out + d, Cached::load(row + d));
             for (; d < width; ++d) out[d] = Cached::load_one(row + d);
             for (; d < memory.width; ++d) out[d] = 0.0f;
         }

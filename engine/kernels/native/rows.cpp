@@ -65,6 +65,7 @@ void finish(const Step &step, Phase &phase) {
 
 void compute(const Step &step, const Head &head) {
     StepMemory &memory = step.memory;
+    auto held = step.team.hold();
     lay_out_tokens(step.in, memory.tokens.reserve(step.in.num_tokens));
     memory.sums.reserve(step.in.num_tokens * step.width);
     for (int64_t row = 0; row < step.num_rows; ++row) {

@@ -28,7 +28,7 @@ struct StepMemory {
     Buffer<Token> tokens;
     Buffer<float> maxima;      // [parts or threads, H]: see AttentionUnit
     Buffer<float> weights;     // [parts or threads, H]
-    Buffer<float> parts;       // [parts or threads, H, D]
+    Buffer<float> parts;       // [parts or threads, H, D]; for prompts [threads, block_memory]
     Buffer<float> highest;     // [T, H]: of the maxima of the parts that are joined
     Buffer<float> totals;      // [T, H]: of their weights
     Buffer<Phase> phases;

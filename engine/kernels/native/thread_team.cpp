@@ -90,7 +90,7 @@ ThreadTeam &ThreadTeam::of_process() {
 }
 
 int64_t ThreadTeam::resize(int64_t num_threads) {
-    std::lock_guard<std::mutex> lock(callers_);
+    std::lock_guard<std::recursive_mutex> lock(callers_);
     if (num_threads != this->num_threads()) set_size(num_threads);
     return this->num_threads();
 }
@@ -153,7 +153,7 @@ void ThreadTeam::wait_for(const Phase &phase, int64_t total) {
 }
 
 void ThreadTeam::run(void (*work)(void *), void *context) {
-    std::lock_guard<std::mutex> lock(callers_);
+    std::lock_guard<std::recursive_mutex> lock(callers_);
     if (helpers_.empty()) return work(context);
     work_ = work;
     context_ = context;

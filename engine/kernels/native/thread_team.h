@@ -57,6 +57,11 @@ class ThreadTeam {
     // Start or end helpers. Returns the number of threads there are, the caller included.
     int64_t resize(int64_t num_threads);
 
+    // Nobody else runs work or changes the number of threads meanwhile: for memory of each of them.
+    std::unique_lock<std::recursive_mutex> hold() {
+        return std::unique_lock<std::recursive_mutex>(callers_);
+    }
+
     // Run `work(context)`, a sequence of phases, and return when it is done; one caller a time.
     // Helpers run it too, from its beginning. One that the system does not let run in time is not
     // waited for: on a busy computer the others would stand still with it.
@@ -161,7 +166,7 @@ class ThreadTeam {
     void leave();
     void wait_for(const Phase &phase, int64_t total);
 
-    std::mutex callers_;
+    std::recursive_mutex callers_;
     std::vector<std::thread> helpers_;
     bool may_spin_ = true;
     std::atomic<bool> is_ending_{false};

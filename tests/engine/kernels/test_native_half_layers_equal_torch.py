@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from engine.kernels import native_kernels, torch_kernels
 from engine.kernels.native_library import NativeLibrary
-from engine.model.config import CacheDtype, Layer, ModelConfig
-from engine.model.kv_cache import KVCache
+from engine.model.batch import StepKind
+from engine.model.config import CacheDtype, Layer, ModelConfig, Reach
+from engine.model.kv_cache import CACHE_DTYPES, KVCache
 from tests.engine.kernels.half_layers import (
     CPU,
     Case,
@@ -143,11 +144,37 @@ def test_prompts_attend_as_in_torch_over_every_kind_of_layer(
     assert_prompts_agree(library, attention_case(config, "bfloat16", heads), PROMPTS, kv, WINDOW)
 
 
-@pytest.mark.parametrize("span", [0, 30, 400])
-def test_prompts_attend_as_in_torch_in_a_ring_that_has_wrapped(
-    library: NativeLibrary, span: int
+@shared
+@given(kv=st.sampled_from(["float32", "float16", "bfloat16"]), data=st.data())
+def test_values_are_kept_as_torch_rounds_them(
+    library: NativeLibrary, kv: CacheDtype, data: st.DataObject
 ) -> None:
-    layer = Layer(mlp_width=43, reach="sliding" if span else "full", span=span)
+    """To the bit: denormals, ties, what is too large for float16, and what is no number."""
+    use(library, data)
+    case = attention_case(config_of(head_width=20), "bfloat16")
+    native = NativeHalf(case, library, WINDOW, kv)
+    num_tokens, width = 5, 20
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    words = torch.randint(-(2**31), 2**31, (num_tokens, 10 * width), generator=generator)
+    ties = torch.tensor([1 + 2**-11, 1 + 2**-8, 65519.0, 65520.0, 2**-25, 3 * 2**-25, 1e-41])
+    projected = words.to(torch.int32).view(torch.float32)
+    projected[0, -len(ties) :] = ties
+    projected[:, : 6 * width] = 0.0  # queries
+    native.cache.extend(0, 0, num_tokens)
+    native.attend(projected, case.batch((0, 0, num_tokens), kind="prompt"))
+    kept = native.cache.layer(0, 0).append(num_tokens, torch.empty(0, 2, 20), torch.empty(0, 2, 20))
+    expected = projected.view(num_tokens, 10, width)[:, 8:].transpose(0, 1).to(CACHE_DTYPES[kv])
+    assert torch.equal(kept.values.isnan(), expected.isnan())
+    assert torch.equal(kept.values.nan_to_num(1.0), expected.nan_to_num(1.0))
+
+
+@pytest.mark.parametrize(
+    ("reach", "span"), [("full", 0), ("sliding", 30), ("sliding", 400), ("chunked", 100)]
+)
+def test_prompts_attend_as_in_torch_in_a_ring_that_has_wrapped(
+    library: NativeLibrary, reach: Reach, span: int
+) -> None:
+    layer = Layer(mlp_width=43, reach=reach, span=span)
     case = attention_case(config_of(layers=(layer,)), "bfloat16")
     steps = tuple([((0, first, 700),) for first in range(0, 3500, 700)])
     assert_prompts_agree(library, case, steps, "float32", 600)
@@ -161,6 +188,38 @@ def test_attention_agrees_in_a_ring_that_has_wrapped(library: NativeLibrary, spa
     steps: list[Step] = [((0, first, 700),) for first in range(0, 3500, 700)]
     steps += [((0, 3500 + n, 1), (1, n, 1)) for n in range(3)]
     assert_attention_agrees(library, case, tuple(steps), "float32", 600)
+
+
+@shared
+@given(
+    bad=st.sampled_from([float("nan"), float("inf")]),
+    part=st.sampled_from(["queries", "keys", "values"]),
+    kind=st.sampled_from(["generated", "prompt"]),
+    data=st.data(),
+)
+def test_what_is_no_number_stays_none_through_attention(
+    library: NativeLibrary, bad: float, part: str, kind: StepKind, data: st.DataObject
+) -> None:
+    """A damaged row of weights: every token that sees its outcome has none either."""
+    use(library, data)
+    case = attention_case(config_of(), "bfloat16")
+    width = case.config.head_width
+    first = {"queries": 0, "keys": 6 * width, "values": 8 * width}[part]
+    # The first of its KV head's three query heads, or what all of them see.
+    heads = 1 if part == "queries" else 3
+    share: Any = case.share
+    share.qkv.values[first + data.draw(st.integers(0, width - 1)), 3] = bad
+    native = NativeHalf(case, library, WINDOW)
+    native.cache.extend(0, 0, 20)
+    x = random_stream(case.config, 20, 1)
+    batch = case.batch((0, 0, 20), kind=kind)
+    if kind == "prompt":
+        projected = x @ share.qkv.values.float().T
+        found = native.attend(projected, batch).view(20, 6, width)
+        assert not found[:, :heads].isfinite().all(dim=-1).any()
+        assert found[:, 3:].isfinite().all()
+    else:
+        assert not native.part(x, batch).isfinite().any()
 
 
 def test_attention_agrees_after_a_slot_was_cut_back(library: NativeLibrary) -> None:

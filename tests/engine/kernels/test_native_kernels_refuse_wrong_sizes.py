@@ -13,6 +13,7 @@ from engine.errors import EngineError, ProtocolError
 from engine.kernels import native_kernels
 from engine.kernels.native_library import INT4, INT8, MatrixStruct, NativeLibrary, check_status
 from engine.kernels.native_matrices import NativeMatrix, repack
+from engine.kernels.torch_kernels import AttentionShare
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from tests.engine.kernels.half_layers import (
@@ -109,9 +110,32 @@ def test_half_layers_refuse_another_stream(library: NativeLibrary, x: torch.Tens
         half.cache.extend(0, 0, 2)
         with pytest.raises(ProtocolError):
             half.part(x, case.batch((0, 0, 2)))
+        if isinstance(case.share, AttentionShare):
+            with pytest.raises(ProtocolError):
+                half.prompt(x, case.batch((0, 0, 2), kind="prompt"))
     if x.is_contiguous():  # the head makes its own copy of what is not
         with pytest.raises(ProtocolError):
             native_kernels.head_part(x, head)
+
+
+@pytest.mark.parametrize(
+    "projected",
+    [
+        torch.zeros(2, 199),
+        torch.zeros(3, 200),
+        torch.zeros(2, 200, dtype=torch.float64),
+        torch.zeros(200, 2).T,
+    ],
+    ids=["narrow", "long", "float64", "strided"],
+)
+def test_attention_refuses_other_projections(
+    library: NativeLibrary, projected: torch.Tensor
+) -> None:
+    case = attention_case(CONFIG, "int8")
+    half = NativeHalf(case, library)
+    half.cache.extend(0, 0, 2)
+    with pytest.raises(ProtocolError):
+        half.attend(projected, case.batch((0, 0, 2), kind="prompt"))
 
 
 def test_attention_refuses_segments_and_angles_of_other_tokens(library: NativeLibrary) -> None:
@@ -121,6 +145,8 @@ def test_attention_refuses_segments_and_angles_of_other_tokens(library: NativeLi
     batch = case.batch((0, 0, 2))
     with pytest.raises(ProtocolError, match="segments of 3 tokens came with a stream of 2"):
         half.part(x, case.batch((0, 0, 3)))
+    with pytest.raises(ProtocolError, match="segments of 3 tokens came with a stream of 2"):
+        half.prompt(x, case.batch((0, 0, 3), kind="prompt"))
     with pytest.raises(ProtocolError, match="angles"):
         half.part(x, replace(batch, ropes=case.batch((0, 0, 3)).ropes))
 

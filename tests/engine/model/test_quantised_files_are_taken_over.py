@@ -152,3 +152,52 @@ def test_a_matrix_of_two_formats_keeps_the_wider_one(tmp_path: Path) -> None:
         queries = by_gguf(narrow_file, key.slices[0])
         largest = np.abs(queries).max()
         assert np.abs(values[: len(queries)] - queries).max() <= largest / 250
+
+
+@pytest.mark.parametrize("other", ["Q4_1", "F16"])
+def test_a_matrix_of_q4_0_and_another_format_keeps_the_values_of_q4_0(
+    tmp_path: Path, other: str
+) -> None:
+    """Its numbers have no minimums, those of the rows below have."""
+    path, path_other = save(tmp_path, "Q4_0"), save(tmp_path / "other", other)
+    with open_checkpoint(path) as symmetric, open_checkpoint(path_other) as with_minimums:
+        config = symmetric.config
+        plan = single(PlanShape.from_config(config), "a/cpu")
+        key = row_keys(config, plan, 0, 0)["qkv"]
+        value = key.slices[2]
+        tensors = {**symmetric.tensors, value.name: with_minimums.tensors[value.name]}
+        store = WeightStore(tensors, "int4", torch.device("cpu"), {})
+
+        def read(part: SliceKey) -> NDArray[np.uint8]:
+            source = with_minimums if part.name == value.name else symmetric
+            return source.read_slice(part.name, part.axis, part.start, part.end)
+
+        fetch_weights(store, [key], read)
+        matrix = store.packed[key]
+        assert isinstance(matrix, NativeMatrix | Int4Matrix)
+        num_rows = sum(part.end - part.start for part in key.slices)
+        assert matrix.num_bytes == num_rows * 96 // 32 * 20
+        values = grouped_values(matrix, is_int4=True).numpy()
+        narrow = np.concatenate([by_gguf(symmetric, part) for part in key.slices[:2]])
+        np.testing.assert_array_equal(values[: len(narrow)], narrow)
+        expected = by_gguf(with_minimums, value)
+        # A group's range over its numbers is at most that of its row.
+        step = np.ptp(expected, axis=1, keepdims=True) / 15 if other == "F16" else 0.0
+        assert (np.abs(values[len(narrow) :] - expected) <= 0.51 * step).all()
+
+
+@pytest.mark.parametrize(("kind", "group_bytes"), [("Q4_0", 18), ("Q4_1", 20)])
+def test_only_q4_0_is_held_without_minimums(tmp_path: Path, kind: str, group_bytes: int) -> None:
+    with open_checkpoint(save(tmp_path, kind)) as checkpoint:
+        plan = single(PlanShape.from_config(checkpoint.config), "a/cpu")
+        for key in row_keys(checkpoint.config, plan, 0, 0).values():
+            if key.is_plain:
+                continue
+            store = WeightStore(checkpoint.tensors, "int4", torch.device("cpu"), {})
+            fetch_weights(
+                store, [key], lambda s: checkpoint.read_slice(s.name, s.axis, s.start, s.end)
+            )
+            matrix = store.packed[key]
+            assert isinstance(matrix, NativeMatrix | Int4Matrix)
+            values = grouped_values(matrix, is_int4=True)
+            assert matrix.num_bytes == values.numel() // 32 * group_bytes

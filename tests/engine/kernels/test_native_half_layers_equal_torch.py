@@ -192,13 +192,12 @@ def test_attention_agrees_in_a_ring_that_has_wrapped(library: NativeLibrary, spa
 
 @shared
 @given(
-    bad=st.sampled_from([float("nan"), float("inf")]),
     part=st.sampled_from(["queries", "keys", "values"]),
     kind=st.sampled_from(["generated", "prompt"]),
     data=st.data(),
 )
 def test_what_is_no_number_stays_none_through_attention(
-    library: NativeLibrary, bad: float, part: str, kind: StepKind, data: st.DataObject
+    library: NativeLibrary, part: str, kind: StepKind, data: st.DataObject
 ) -> None:
     """A damaged row of weights: every token that sees its outcome has none either."""
     use(library, data)
@@ -208,7 +207,8 @@ def test_what_is_no_number_stays_none_through_attention(
     # The first of its KV head's three query heads, or what all of them see.
     heads = 1 if part == "queries" else 3
     share: Any = case.share
-    share.qkv.values[first + data.draw(st.integers(0, width - 1)), 3] = bad
+    column = data.draw(st.integers(0, width - 1))
+    share.qkv.values[first + column, 3] = float("nan")
     native = NativeHalf(case, library, WINDOW)
     native.cache.extend(0, 0, 20)
     x = random_stream(case.config, 20, 1)
@@ -216,7 +216,8 @@ def test_what_is_no_number_stays_none_through_attention(
     if kind == "prompt":
         projected = x @ share.qkv.values.float().T
         found = native.attend(projected, batch).view(20, 6, width)
-        assert not found[:, :heads].isfinite().all(dim=-1).any()
+        damaged = found[:, :heads, column] if part == "values" else found[:, :heads]
+        assert not damaged.isfinite().any()
         assert found[:, 3:].isfinite().all()
     else:
         assert not native.part(x, batch).isfinite().any()

@@ -18,15 +18,16 @@ class Buffer {
     Buffer() = default;
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { std::free(memory_); }
 
     // At least `count` values, of which nothing is known. Throws std::bad_alloc.
     T *reserve(int64_t count) {
         if (count > size_) {
-            std::free(data_);
+            std::free(memory_);
             size_ = 0;
-            data_ = (T *)std::malloc((size_t)count * sizeof(T));
-            if (!data_) throw std::bad_alloc();
+            memory_ = std::malloc((size_t)count * sizeof(T) + kLine);
+            if (!memory_) throw std::bad_alloc();
+            data_ = (T *)(((uintptr_t)memory_ + kLine - 1) / kLine * kLine);
             size_ = count;
         }
         return data_;
@@ -34,6 +35,10 @@ class Buffer {
     T *data() const { return data_; }
 
    private:
+    // Vectors of 64 bytes then lie in one line of a cache each.
+    static constexpr size_t kLine = 64;
+
+    void *memory_ = nullptr;
     T *data_ = nullptr;
     int64_t size_ = 0;
 };

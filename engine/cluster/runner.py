@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import gc
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -327,6 +329,7 @@ class Runner:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
+        _give_memory_back()
         self._send(
             m.Loaded(
                 epoch=load.epoch,
@@ -514,6 +517,14 @@ class Runner:
         if last is None or not is_last or logits is None:
             raise ProtocolError(f"the logits of step {message.step_id} are gone")
         self._send(last[1], [logits])
+
+
+def _give_memory_back() -> None:
+    """Let the system have what the last plan's weights took; only glibc keeps it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _kernels(shard: ModelShard, packed: Iterable[Matrix | torch.Tensor]) -> str:

@@ -15,6 +15,12 @@ from engine.cluster.processes import Child, Greeting
 # Threads that wait for each other inside an operator spin briefly, then sleep: sleeping at once
 # slows decoding on an idle machine, spinning as long as libgomp likes to slows it on a busy one.
 OMP_SPINS = "10000"
+# glibc gives large pieces back to the system as soon as they are free, and gets them again page by
+# page: an eighth of a prompt's time. Up to so many bytes are kept; other systems know no such words.
+MALLOC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
 
 
 def start_runner(device: str, greeting: Greeting, on_exit: Callable[[Child], None]) -> Child:
@@ -31,6 +37,7 @@ def start_runner(device: str, greeting: Greeting, on_exit: Callable[[Child], Non
         greeting,
         environment={
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", OMP_SPINS),
+            **{name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()},
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # As the driver numbers the GPUs of a node.
         },
         on_exit=on_exit,

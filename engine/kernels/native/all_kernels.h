@@ -12,10 +12,9 @@ namespace shardmix {
 
 template <class Isa>
 static constexpr KernelTable table_of() {
-    return {multiply<Isa>, dequantize,   rms_norm<Isa>,     quantize<Isa>,
-            gate<Isa>,     softcap<Isa>, rotate<Isa>,       write_cached<Isa>,
-            attend<Isa>,   attend_block<Isa>, find_above<Isa>, find_maxima<Isa>,
-            sum_exponentials, read_all<Isa>};
+    return {multiply<Isa>,   dequantize,       rms_norm<Isa>,  quantize<Isa>, gate<Isa>,
+            softcap<Isa>,    rotate<Isa>,      write_cached<Isa>, attend<Isa>, attend_block<Isa>,
+            find_above<Isa>, find_maxima<Isa>, sum_exponentials,  read_all<Isa>};
 }
 
 }  // namespace shardmix

@@ -130,23 +130,30 @@ def test_a_cut_through_blocks_is_rounded_again_by_at_most_half_a_step(
                 assert worst <= 0.51, f"{key}: {worst:.3f} steps"
 
 
+def pack_of_two(checkpoint: Checkpoint, other: Checkpoint) -> tuple[WeightKey, object]:
+    """The first qkv matrix in int4, its last part as another file has it."""
+    plan = single(PlanShape.from_config(checkpoint.config), "a/cpu")
+    key = row_keys(checkpoint.config, plan, 0, 0)["qkv"]
+    value = key.slices[2]
+    tensors = {**checkpoint.tensors, value.name: other.tensors[value.name]}
+    store = WeightStore(tensors, "int4", torch.device("cpu"), {})
+
+    def read(part: SliceKey) -> NDArray[np.uint8]:
+        source = other if part.name == value.name else checkpoint
+        return source.read_slice(part.name, part.axis, part.start, part.end)
+
+    fetch_weights(store, [key], read)
+    return key, store.packed[key]
+
+
 def test_a_matrix_of_two_formats_keeps_the_wider_one(tmp_path: Path) -> None:
     """q and k in four bits, v in eight, as quantisers make them: v is not rounded again."""
     path = save(tmp_path, "Q4_0")
     wide = save(tmp_path / "wide", "Q8_0")
     with open_checkpoint(path) as narrow_file, open_checkpoint(wide) as wide_file:
-        plan = single(PlanShape.from_config(narrow_file.config), "a/cpu")
-        key = row_keys(narrow_file.config, plan, 0, 0)["qkv"]
+        key, matrix = pack_of_two(narrow_file, wide_file)
         value = key.slices[2]
-        tensors = {**narrow_file.tensors, value.name: wide_file.tensors[value.name]}
-        store = WeightStore(tensors, "int4", torch.device("cpu"), {})
-
-        def read(part: SliceKey) -> NDArray[np.uint8]:
-            source = wide_file if part.name == value.name else narrow_file
-            return source.read_slice(part.name, part.axis, part.start, part.end)
-
-        fetch_weights(store, [key], read)
-        values = grouped_values(store.packed[key], is_int4=False).numpy()
+        values = grouped_values(matrix, is_int4=False).numpy()
         found = values[-(value.end - value.start) :]
         np.testing.assert_array_equal(found, by_gguf(wide_file, value))
         queries = by_gguf(narrow_file, key.slices[0])
@@ -161,19 +168,8 @@ def test_a_matrix_of_q4_0_and_another_format_keeps_the_values_of_q4_0(
     """Its numbers have no minimums, those of the rows below have."""
     path, path_other = save(tmp_path, "Q4_0"), save(tmp_path / "other", other)
     with open_checkpoint(path) as symmetric, open_checkpoint(path_other) as with_minimums:
-        config = symmetric.config
-        plan = single(PlanShape.from_config(config), "a/cpu")
-        key = row_keys(config, plan, 0, 0)["qkv"]
+        key, matrix = pack_of_two(symmetric, with_minimums)
         value = key.slices[2]
-        tensors = {**symmetric.tensors, value.name: with_minimums.tensors[value.name]}
-        store = WeightStore(tensors, "int4", torch.device("cpu"), {})
-
-        def read(part: SliceKey) -> NDArray[np.uint8]:
-            source = with_minimums if part.name == value.name else symmetric
-            return source.read_slice(part.name, part.axis, part.start, part.end)
-
-        fetch_weights(store, [key], read)
-        matrix = store.packed[key]
         assert isinstance(matrix, NativeMatrix | Int4Matrix)
         num_rows = sum(part.end - part.start for part in key.slices)
         assert matrix.num_bytes == num_rows * 96 // 32 * 20

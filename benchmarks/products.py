@@ -2,7 +2,9 @@
 
 `python benchmarks/products.py`: the best of several times in milliseconds on one thread, of an MLP
 matrix of a 1B model. It is where the constants of `engine/kernels/matrices.py` come from: how many
-values are widened at a time, and from how many generated tokens bfloat16 weights are.
+values are widened at a time, and from how many generated tokens bfloat16 weights are; and which
+instruction sets of `engine/kernels/native_matrices.py` take prompts, whose integer products stand here
+beside torch's of the same weights dequantised.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import machine
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine.kernels import matrices
+from engine.kernels import matrices, native_matrices
+from engine.kernels.native_library import native_library
 from engine.model.batch import StepKind
 
 ROWS, COLUMNS = 8192, 2048
@@ -58,10 +61,19 @@ def main() -> None:
         matrices.SCRATCH_ELEMENTS = elements
         for name, matrix in (("bfloat16", bfloat16), ("int8", int8), ("int4", int4)):
             measure(f"{name}, prompt, {elements:,} values at a time", matrix, "prompt")
+    library = native_library()
+    for name, matrix in (("int8", int8), ("int4", int4)):
+        native = native_matrices.repack(matrix, library)
+        if library is None or not isinstance(native, native_matrices.NativeMatrix):
+            break
+        library.set_num_threads(1)
+        measure(f"{name}, {library.selected_name} kernels", native, "generated")
+        native.takes_prompts = False
+        measure(f"{name}, prompt, dequantised by {library.selected_name} kernels", native, "prompt")
     lines = [
         (
-            f"Milliseconds for x @ W.T with W [{ROWS}, {COLUMNS}] by torch on one thread, best of "
-            "several, by number of tokens. bfloat16 units: "
+            f"Milliseconds for x @ W.T with W [{ROWS}, {COLUMNS}] on one thread, by torch where no "
+            "other kernels are named, best of several, by number of tokens. bfloat16 units: "
             f"{'yes' if matrices.has_bfloat16_units('cpu') else 'no'}."
         ),
         "",

@@ -1,9 +1,8 @@
-"""The half-layer entry points in C++, on a CPU: for generated tokens one call for many rows, for
-prompts what lies between the products of an attention half.
+"""The half-layer entry points in C++, on a CPU: one call for many rows, and for prompts whose products
+are torch's what lies between those of an attention half.
 
-In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; the rest of
-prompts, other devices and mixtures of experts stay there. Sizes are checked here: past this file there are
-only pointers.
+In and out as in `engine.kernels.torch_kernels`, whose shares these are prepared from; other devices
+and mixtures of experts stay there. Sizes are checked here: past this file there are only pointers.
 
 T tokens of a step, H query heads and K kv heads of the share, D head width.
 """
@@ -11,11 +10,11 @@ T tokens of a step, H query heads and K kv heads of the share, D head width.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import addressof, byref, c_int64, pointer, sizeof
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,9 @@ from engine.kernels.native_library import (
     RowStruct,
     check_status,
 )
-from engine.kernels.native_matrices import NativeMatrix, check_tensor
+from engine.kernels.native_matrices import PASS_TOKENS, NativeMatrix, check_tensor
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, MlpShare
+from engine.model.batch import StepKind
 from engine.model.config import NO_ROPE, Activation, CacheDtype, ModelConfig, RopeLayout
 from engine.model.kv_cache import CACHE_DTYPES, PLACE_NUMBERS, KVCache
 from engine.model.norm import rms_norm
@@ -57,6 +57,7 @@ class NativeRow:
         layer: whose cache it writes, for attention.
         cached_bytes: that it reads for each position of a conversation; 0 without attention.
         reach: positions back that it sees, at most.
+        takes_prompts: whether its products are as fast as torch's for prompts too.
         held: what the structs point to.
     """
 
@@ -68,6 +69,7 @@ class NativeRow:
     weight_bytes: int
     cached_bytes: int
     reach: int
+    takes_prompts: bool
     held: tuple[object, ...]
 
     def read_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
@@ -83,11 +85,13 @@ class _Run:
     Attributes:
         layers: whose caches they write.
         cached_bytes: that they read for each position of a conversation, whatever their reach.
+        takes_prompts: whether all of them do.
     """
 
     layers: tuple[int, ...]
     weight_bytes: int
     cached_bytes: int
+    takes_prompts: bool
 
     def most_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
         """What a step reads at most. Args: as of `NativeRow.read_bytes`."""
@@ -108,6 +112,22 @@ class NativeHead:
 NativeShare = NativeRow | NativeHead
 
 
+# Where a slot's layers lie, the first position, and how many tokens from there.
+_Piece = tuple["array[int]", int, int]
+
+
+class _Pass(NamedTuple):
+    """Tokens of a step that go through a row together.
+
+    Attributes:
+        address: of a `shardmix_step` of them.
+    """
+
+    address: int
+    first_token: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeBatch(Batch):
     """A step, as native rows take it.
@@ -116,14 +136,16 @@ class NativeBatch(Batch):
         num_tokens: T.
         ends: slot, and the position after its last token, for each segment.
         places: where each slot's layers lie.
-        address: of a `shardmix_step`; valid as long as this object, and as the slots live.
-        held: what lies there, and what that points to.
+        whole: all tokens at once; valid, as the others, as long as this object and the slots live.
+        passes: the same tokens, a few at a time.
+        held: what lies at their addresses, and what that points to.
     """
 
     num_tokens: int
     ends: tuple[tuple[int, int], ...]
     places: tuple[array[int], ...]
-    address: int
+    whole: _Pass
+    passes: tuple[_Pass, ...]
     held: tuple[object, ...]
 
 
@@ -163,8 +185,13 @@ class NativeRows:
         self._runs: dict[tuple[int, int], _Run] = {}
 
     def __contains__(self, row: int) -> bool:
-        """Whether native kernels compute a row."""
+        """Whether native kernels compute a row of generated tokens."""
         return row in self._rows
+
+    def takes(self, row: int, kind: StepKind) -> bool:
+        """Whether native kernels compute a row of such a step from end to end."""
+        found = self._rows.get(row)
+        return found is not None and (kind == "generated" or found.takes_prompts)
 
     def batch(self, batch: Batch) -> NativeBatch:
         """A step's batch for these rows.
@@ -180,28 +207,46 @@ class NativeRows:
         ]
         places = tuple([self._cache.places(s.slot) for s in segments])
         scale = batch.query_scale
-        # As arrays, whose making costs a third of that of ctypes structures: every field of the
-        # header's structs is 8 bytes wide.
-        segment_fields = array("q")
-        for segment, held in zip(segments, places, strict=True):
-            address, length = held.buffer_info()
-            segment_fields.extend(
-                (address, length // PLACE_NUMBERS, segment.first_position, segment.token_count)
+        tables = [cos for cos, _ in angles] + [sin for _, sin in angles]
+        scales = _optional("query scales", scale, (num_tokens,)) or 0
+        is_prompt = batch.kind == "prompt"
+        held: list[object] = []
+
+        def tokens(first: int, pieces: Sequence[_Piece]) -> _Pass:
+            # As arrays, whose making costs a third of that of ctypes structures: every field of the
+            # header's structs is 8 bytes wide.
+            fields = array("q")
+            for held_places, first_position, count in pieces:
+                address, length = held_places.buffer_info()
+                fields.extend((address, length // PLACE_NUMBERS, first_position, count))
+            offset = 4 * first * shape[1]
+            addresses = array("q", [table + offset for table in tables] if first else tables)
+            first_table = addresses.buffer_info()[0]
+            count = sum([piece[2] for piece in pieces])
+            step = array(
+                "q",
+                (
+                    fields.buffer_info()[0],
+                    len(pieces),
+                    count,
+                    first_table,
+                    first_table + 8 * len(angles),
+                    len(angles),
+                    scales and scales + 4 * first,
+                    is_prompt,
+                ),
             )
-        tables = array("q", [cos for cos, _ in angles] + [sin for _, sin in angles])
-        first_table = tables.buffer_info()[0]
-        step = array(
-            "q",
-            (
-                segment_fields.buffer_info()[0],
-                len(segments),
-                num_tokens,
-                first_table,
-                first_table + 8 * len(angles),
-                len(angles),
-                _optional("query scales", scale, (num_tokens,)) or 0,
-            ),
-        )
+            held.append((step, fields, addresses))
+            return _Pass(step.buffer_info()[0], first, count)
+
+        pieces = [
+            (held_places, segment.first_position, segment.token_count)
+            for segment, held_places in zip(segments, places, strict=True)
+        ]
+        whole = tokens(0, pieces)
+        passes = (whole,)
+        if num_tokens > PASS_TOKENS:
+            passes = tuple([tokens(first, some) for first, some in _cut(pieces, PASS_TOKENS)])
         return NativeBatch(
             kind=batch.kind,
             segments=segments,
@@ -211,8 +256,9 @@ class NativeRows:
             num_tokens=num_tokens,
             ends=tuple([(s.slot, s.first_position + s.token_count) for s in segments]),
             places=places,
-            address=step.buffer_info()[0],
-            held=(step, segment_fields, tables),
+            whole=whole,
+            passes=passes,
+            held=tuple(held),
         )
 
     def is_current(self, batch: NativeBatch) -> bool:
@@ -263,8 +309,8 @@ class NativeRows:
         for slot, end_position in batch.ends:
             self._cache.reserve(slot, (prepared.layer,), end_position)
         attended = projected_TN.new_empty(batch.num_tokens, struct.num_heads * width)
-        status = self._library.attend(byref(struct), batch.address, address, attended.data_ptr())
-        check_status(status)
+        step = batch.whole.address
+        check_status(self._library.attend(byref(struct), step, address, attended.data_ptr()))
         return attended
 
     def advance(
@@ -281,7 +327,7 @@ class NativeRows:
         Args:
             first_row: one of these rows; nobody else has a share of it, nor of those up to the end.
             x_TW: contiguous float32 [T, width] residual stream on the CPU.
-            head: what follows the last row; goes into the call that computes that row.
+            head: what follows the last row; goes into the call that computes that row, if it is one.
             logit_rows: N tokens of the stream whose logits are wanted.
         Returns: the stream after the rows, float32 [T, width], the row that it is the entry of, and
             the head's logits, float32 [N, rows of its share], where they were computed.
@@ -291,15 +337,19 @@ class NativeRows:
         times_read = max(1, x_TW.shape[0] // TOKENS_A_READING)
         end, num_bytes = first_row, 0
         whole = self._run(first_row, end_row)
-        if whole is not None and whole.most_bytes(times_read, batch.ends) <= MOST_RUN_BYTES:
+        is_whole = whole is not None and (whole.takes_prompts or batch.kind == "generated")
+        if whole and is_whole and whole.most_bytes(times_read, batch.ends) <= MOST_RUN_BYTES:
             end = end_row
-        while end < end_row and end in self._rows:
+        while end < end_row and self.takes(end, batch.kind):
             num_bytes += self._rows[end].read_bytes(times_read, batch.ends)
             if end > first_row and num_bytes > MOST_RUN_BYTES:
                 break
             end += 1
         if head is None or end < end_row or not logit_rows:
             return self._call(first_row, end, x_TW, batch, is_partial=False), end, None
+        if len(batch.passes) > 1:
+            stream = self._call(first_row, end, x_TW, batch, is_partial=False)
+            return stream, end, head_part(stream[list(logit_rows)], head)
         logits = x_TW.new_empty(len(logit_rows), head.num_rows)
         tokens = array("q", logit_rows)
         arguments = (head.struct, tokens.buffer_info()[0], len(tokens), logits.data_ptr())
@@ -316,6 +366,7 @@ class NativeRows:
                 layers=tuple([row.layer for row in rows if row.layer is not None]),
                 weight_bytes=sum(row.weight_bytes for row in rows),
                 cached_bytes=sum(row.cached_bytes for row in rows),
+                takes_prompts=all(row.takes_prompts for row in rows),
             )
         return self._runs[first, end]
 
@@ -334,17 +385,21 @@ class NativeRows:
         for slot, end_position in batch.ends if run.layers else ():
             self._cache.reserve(slot, run.layers, end_position)
         output = torch.empty_like(x_TW)
-        status = self._library.rows(
-            addressof(self._structs) + first * sizeof(RowStruct),
-            end - first,
-            batch.address,
-            self._width,
-            x_TW.data_ptr(),
-            is_partial,
-            output.data_ptr(),
-            *(head or _NO_HEAD),
-        )
-        check_status(status)
+        structs = addressof(self._structs) + first * sizeof(RowStruct)
+        source, target = x_TW.data_ptr(), output.data_ptr()
+        for step, first_token, _ in batch.passes:
+            offset = 4 * self._width * first_token
+            status = self._library.rows(
+                structs,
+                end - first,
+                step,
+                self._width,
+                source + offset,
+                is_partial,
+                target + offset,
+                *(head or _NO_HEAD),
+            )
+            check_status(status)
         return output
 
 
@@ -375,6 +430,24 @@ def head_part(x_NW: Tensor, share: NativeHead) -> Tensor:
     status = share.library.head_part(share.struct, x_NW.data_ptr(), num_tokens, output.data_ptr())
     check_status(status)
     return output
+
+
+def _cut(pieces: Sequence[_Piece], most: int) -> Iterator[tuple[int, list[_Piece]]]:
+    """Pieces of at most so many tokens together, and how many tokens come before them."""
+    first, count = 0, 0
+    some: list[_Piece] = []
+    for places, first_position, num_tokens in pieces:
+        end_position = first_position + num_tokens
+        while first_position < end_position:
+            taken = min(end_position - first_position, most - count)
+            some.append((places, first_position, taken))
+            first_position += taken
+            count += taken
+            if count == most:
+                yield first, some
+                first, count, some = first + most, 0, []
+    if some:
+        yield first, some
 
 
 def _check_stream(x_TW: Tensor, width: int) -> int:
@@ -465,6 +538,7 @@ def _prepare_attention(
         weight_bytes=weight_bytes,
         cached_bytes=cached_bytes,
         reach=view.reach,
+        takes_prompts=qkv.takes_prompts and output.takes_prompts,
         held=held,
     )
 
@@ -495,6 +569,7 @@ def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
         weight_bytes=weight_bytes,
         cached_bytes=0,
         reach=0,
+        takes_prompts=gate_up.takes_prompts and down.takes_prompts,
         held=(share,),
     )
 

@@ -180,7 +180,7 @@ class ModelShard:
         """This device's partial sum of an attention or mlp row."""
         native, share = self._native, self._shares[row]
         if isinstance(batch, NativeBatch) and native is not None and row in native:
-            if batch.kind == "generated":
+            if native.takes(row, batch.kind):
                 return native.part(row, x.contiguous(), batch)
             if isinstance(share, AttentionShare):
                 epsilon = self.config.norm_epsilon
@@ -205,8 +205,7 @@ class ModelShard:
             logits, where they came with them.
         """
         native = self._native
-        is_prompt = batch.kind == "prompt"
-        if isinstance(batch, NativeBatch) and not is_prompt and native and first_row in native:
+        if isinstance(batch, NativeBatch) and native and native.takes(first_row, batch.kind):
             head = self._native_head if end_row == self.plan.shape.head_row else None
             return native.advance(first_row, end_row, x.contiguous(), batch, head, logit_rows)
         x = self.add(first_row, x, self.part(first_row, x, batch))

@@ -1,5 +1,5 @@
-// The attention half of a layer for generated tokens: everything between two exchanges; and for
-// prompts, whose products are made elsewhere, what lies between these.
+// The attention half of a layer: everything between two exchanges; and for prompts whose products are
+// made elsewhere, what lies between these.
 
 #include <cmath>
 
@@ -10,12 +10,6 @@ namespace {
 
 // Parts that one thread computes for a token and a KV head, before it is worth to share them out.
 constexpr int64_t kPartsAlone = 2;
-
-// Tokens of one segment that follow each other.
-struct Block {
-    int64_t first_token;
-    int64_t num_tokens;
-};
 
 // What lies between the two products.
 struct Heads {
@@ -43,6 +37,11 @@ struct Heads {
                    num_tokens * share.num_kv_heads < 4 * team.num_threads()) {}
 
     void reserve() const {
+        if (in.is_prompt) {
+            int64_t each = block_memory(share.num_heads, share.head_width);
+            memory.parts.reserve(team.num_threads() * each);
+            return;
+        }
         int64_t num_heads = num_tokens * share.num_heads;
         // Parts that are not split are joined by the thread that computes them.
         int64_t kept = is_split ? num_heads * max_parts : team.num_threads() * share.num_heads;
@@ -119,11 +118,12 @@ struct Heads {
     }
 
     // The same for prompts, whose neighbours read the same positions; two phases.
-    void work_blocks(Phase *phases, const Block *blocks, int64_t num_blocks) const {
+    void work_blocks(Phase *phases) const {
         int64_t kv_heads = share.num_kv_heads;
+        const Block *blocks = memory.blocks.data();
         team.share_each(phases[0], num_tokens * kv_heads,
                         [&](int64_t n) { place(n / kv_heads, n % kv_heads); });
-        team.share_each(phases[1], num_blocks * kv_heads,
+        team.share_each(phases[1], memory.num_blocks * kv_heads,
                         [&](int64_t n) { attend_block(blocks[n / kv_heads], n % kv_heads); });
     }
 
@@ -292,39 +292,30 @@ struct Attention {
 
     void work(Phase *phases) const {
         ThreadTeam &team = step.team;
-        team.share_each(phases[0], heads.num_tokens, [&](int64_t t) {
+        share_tokens(team, phases[0], heads.num_tokens, [&](int64_t t) {
             kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
                                inputs.values(t));
             inputs.prepare(t);
         });
         share_product(team, phases[1], *share.qkv, inputs, heads.projected,
                       first_weights(*share.output, team));
-        bool are_whole = has_whole_groups();
-        heads.work(phases + 2, [&](int64_t t, int64_t kv_head) {
-            if (!are_whole) return;
-            int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
-            attended.prepare(t, group_at(*share.output, first * share.head_width),
-                             group_at(*share.output, end * share.head_width));
-        });
-        if (!are_whole)
-            team.share_each(phases[5], heads.num_tokens, [&](int64_t t) { attended.prepare(t); });
+        bool are_prepared = !step.in.is_prompt && has_whole_groups();
+        if (step.in.is_prompt)
+            heads.work_blocks(phases + 2);
+        else
+            heads.work(phases + 2, [&](int64_t t, int64_t kv_head) {
+                if (!are_prepared) return;
+                int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
+                attended.prepare(t, group_at(*share.output, first * share.head_width),
+                                 group_at(*share.output, end * share.head_width));
+            });
+        if (!are_prepared)
+            share_tokens(team, phases[5], heads.num_tokens,
+                         [&](int64_t t) { attended.prepare(t); });
         share_product(team, phases[6], *share.output, attended, step.sums(row),
                       step.first_weights(row + 1));
     }
 };
-
-// Blocks begin where their segments do. Returns how many there are.
-int64_t cut_blocks(const shardmix_step &step, Block *blocks) {
-    int64_t count = 0, first = 0;
-    for (int64_t s = 0; s < step.num_segments; ++s) {
-        int64_t end = first + step.segments[s].num_tokens;
-        for (; first < end; first += blocks[count++].num_tokens) {
-            int64_t left = end - first;
-            blocks[count] = {first, left < kBlockTokens ? left : kBlockTokens};
-        }
-    }
-    return count;
-}
 
 }  // namespace
 
@@ -374,20 +365,17 @@ using namespace shardmix;
 int64_t shardmix_attend(const shardmix_attention_share *share, const shardmix_step *step,
                         float *projected, float *attended) {
     if (!share || !step || !projected || !attended) return SHARDMIX_BAD_ARGUMENT;
-    if (!is_valid_step(*step) || !is_consistent(*share, *step)) return SHARDMIX_BAD_ARGUMENT;
+    if (!step->is_prompt || !is_valid_step(*step) || !is_consistent(*share, *step))
+        return SHARDMIX_BAD_ARGUMENT;
     return status_of([&] {
         static thread_local StepMemory memory;
         ThreadTeam &team = ThreadTeam::of_process();
         auto held = team.hold();
-        lay_out_tokens(*step, memory.tokens.reserve(step->num_tokens));
+        memory.lay_out(*step);
         Heads heads(*step, *share, memory, team, projected, attended);
-        memory.parts.reserve(team.num_threads() * block_memory(share->num_heads, share->head_width));
-        int64_t most_blocks = step->num_tokens / kBlockTokens + step->num_segments;
-        static thread_local Buffer<Block> blocks;
-        int64_t num_blocks = cut_blocks(*step, blocks.reserve(most_blocks));
+        heads.reserve();
         Phase phases[2];
-        const Block *first_block = blocks.data();
-        auto work = [&] { heads.work_blocks(phases, first_block, num_blocks); };
+        auto work = [&] { heads.work_blocks(phases); };
         run_on(team, work);
     });
 }

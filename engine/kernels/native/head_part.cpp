@@ -13,7 +13,7 @@ void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Ph
     const shardmix_matrix &matrix = *share.matrix;
     int64_t num_tokens = head.num_tokens, panels = num_panels(matrix);
     PreparedTokens inputs = memory.view(matrix, num_tokens);
-    team.share_each(phases[0], num_tokens, [&](int64_t n) {
+    share_tokens(team, phases[0], num_tokens, [&](int64_t n) {
         const float *row = head.stream + (head.tokens ? head.tokens[n] : n) * matrix.num_columns;
         kernels().rms_norm(row, share.norm, (float)share.norm_epsilon, matrix.num_columns,
                            inputs.values(n));

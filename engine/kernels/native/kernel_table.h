@@ -17,24 +17,29 @@ constexpr int64_t kGroup = 32;       // columns that share a scale
 constexpr int64_t kPanelRows = 16;   // rows that are interleaved
 constexpr int64_t kChunk = 256;      // positions that one attention unit covers
 
-// Tokens prepared for a matrix. For int4 and int8: quantised in groups, those of all tokens next to
-// each other, so that a product finds them at constant distances; for bfloat16: as they are.
-struct Activations {
-    const float *values;         // [T, K]
-    const int8_t *quants;        // [G, T, 32]
-    const float *scales;         // [G, T]
-    const float *scaled_sums;    // [G, T], scale times sum of the quants
-    const int32_t *sums;         // [G, T], sum of the quants
-    int64_t num_tokens;
+// Groups of values as 8-bit numbers, those of all tokens next to each other, so that a product finds
+// them at constant distances. Pointers may be to those of one token.
+struct Groups {
+    int8_t *quants;      // [G, T, 32]
+    float *scales;       // [G, T]
+    float *scaled_sums;  // [G, T], scale times sum of the quants
+    int32_t *sums;       // [G, T], sum of the quants
+
+    Groups at(int64_t n) const {
+        return {quants + n * kGroup, scales + n, scaled_sums + n, sums + n};
+    }
 };
 
-// One token's part of these: its first group, and the distance to the next in tokens.
-struct QuantizedToken {
-    int8_t *quants;
-    float *scales;
-    float *scaled_sums;
-    int32_t *sums;
-    int64_t stride;
+// Tokens prepared for a matrix. For int4 and int8: quantised; for bfloat16: as they are.
+//
+// A group of which one value is nearly all has 8 bits for that one, and next to none for the others:
+// what rounding left of it is a group of its own.
+struct Activations {
+    float *values;      // [T, K]
+    Groups groups;
+    Groups rests;       // of the groups that have one
+    uint8_t *has_rest;  // [T, padded_groups], 1 or 0
+    int64_t num_tokens;
 };
 
 // Query heads that share a KV head, of one token, over at most kChunk positions.
@@ -84,6 +89,12 @@ static inline int64_t block_memory(int64_t num_heads, int64_t head_width) {
     return kTile * width + num_heads * kBlockTokens * (2 * width + kTile + 2);
 }
 
+constexpr int64_t kMarks = 8;  // of `has_rest`, that are looked at together
+
+static inline int64_t padded_groups(int64_t num_groups) {
+    return (num_groups + kMarks - 1) / kMarks * kMarks;
+}
+
 struct KernelTable {
     // out [T, N] of the rows in panels [first, end).
     // `next`: weights that this thread reads afterwards; null if that is not known.
@@ -94,9 +105,9 @@ struct KernelTable {
                        bool is_bfloat16, void *out);
     // A null weight counts as ones.
     void (*rms_norm)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
-    // Groups [first, end) of a row of so many columns, padded per block.
-    void (*quantize)(const float *x, int64_t block, int64_t first_group, int64_t end_group,
-                     const QuantizedToken &token);
+    // Groups [first, end) of a token's values, blocks of so many columns padded to whole groups.
+    void (*quantize)(const Activations &activations, int64_t token, const shardmix_matrix &matrix,
+                     int64_t first_group, int64_t end_group);
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
     // Turn pairs of a head by the angles [pairs] of its position: value i with value pairs + i, or

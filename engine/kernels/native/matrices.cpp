@@ -120,7 +120,7 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
         ThreadTeam &team = ThreadTeam::of_process();
         Phase to_prepare, to_multiply;
         auto work = [&] {
-            team.share_each(to_prepare, num_tokens, [&](int64_t token) {
+            share_tokens(team, to_prepare, num_tokens, [&](int64_t token) {
                 std::memcpy(tokens.values(token), x + token * matrix->num_columns,
                             (size_t)matrix->num_columns * sizeof(float));
                 tokens.prepare(token);

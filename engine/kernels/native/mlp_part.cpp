@@ -1,4 +1,4 @@
-// The MLP half of a layer for generated tokens: everything between two exchanges.
+// The MLP half of a layer: everything between two exchanges.
 
 #include "step.h"
 
@@ -30,7 +30,7 @@ struct MlpRow {
     void work(int64_t row, Phase *phases) const {
         int64_t num_tokens = step.in.num_tokens, num_groups = share.down->num_groups;
         ThreadTeam &team = step.team;
-        team.share_each(phases[0], num_tokens, [&](int64_t t) {
+        share_tokens(team, phases[0], num_tokens, [&](int64_t t) {
             kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
                                inputs.values(t));
             inputs.prepare(t);

@@ -35,7 +35,7 @@ struct Tile {
             for (int v = 0; v < VECTORS; ++v) totals[t][v] = Isa::splat(0.0f);
     }
 
-    // Rows first_row.. of the matrix, of which the last panel may lack some.
+    // To rows first_row.. of the matrix, of which the last panel may lack some.
     void store(float *out, int64_t num_rows, int64_t first_token, int64_t first_row) const {
         for (int t = 0; t < TOKENS; ++t) {
             float *row = out + (first_token + t) * num_rows;
@@ -51,45 +51,50 @@ struct Tile {
             }
         }
     }
+
+    // The same, to what is there.
+    void add(float *out, int64_t num_rows, int64_t first_token, int64_t first_row) {
+        for (int t = 0; t < TOKENS; ++t) {
+            const float *row = out + (first_token + t) * num_rows;
+            for (int v = 0; v < VECTORS; ++v) {
+                int64_t start = first_row + v * Isa::kLanes, left = num_rows - start;
+                float lanes[Isa::kLanes] = {};
+                const float *before = left < Isa::kLanes ? lanes : row + start;
+                if (0 < left && left < Isa::kLanes)
+                    memcpy(lanes, row + start, (size_t)left * sizeof(float));
+                totals[t][v] = Isa::add(Isa::load(before), totals[t][v]);
+            }
+        }
+        store(out, num_rows, first_token, first_row);
+    }
 };
 
-// `Group`: Int4Group, or without minimums, which then are in the integer sums.
-template <class Isa, class Group>
+// `GroupType`: Int4Group, or without minimums, which then are in the integer sums.
+template <class Isa, class GroupType>
 struct Int4Product {
+    using Group = GroupType;
     static constexpr bool kHasMinimums = sizeof(Group) == sizeof(Int4Group);
 
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
-                           const Activations &x, int64_t token, int64_t lane,
-                           Tile<Isa, TOKENS, VECTORS> &tile) {
-        const Group *groups = (const Group *)panel;
-        int64_t num_groups = matrix.num_groups;
-        for (int64_t g = 0; g < num_groups; ++g) {
-            const Group &group = groups[g];
-            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
-            int64_t at = g * x.num_tokens + token;
-            const int8_t *quants = x.quants + at * kGroup;
-            const float *scales_T = x.scales + at;
-            const float *scaled_sums_T = x.scaled_sums + at;
-            const int32_t *sums_T = x.sums + at;
-            for (int v = 0; v < VECTORS; ++v) {
-                int64_t row = lane + v * Isa::kLanes;
-                typename Isa::Ints dots[TOKENS];
-                for (int t = 0; t < TOKENS; ++t)
-                    dots[t] = Isa::splat_int(kHasMinimums ? 0 : -8 * sums_T[t]);
-                Isa::template add_nibbles<TOKENS>(group.quants[0][row], quants, dots);
-                auto scales = Isa::load_float16(group.scales + row);
+    static inline void add_group(const Group &group, const Groups &x, int64_t lane,
+                                 Tile<Isa, TOKENS, VECTORS> &tile) {
+        for (int v = 0; v < VECTORS; ++v) {
+            int64_t row = lane + v * Isa::kLanes;
+            typename Isa::Ints dots[TOKENS];
+            for (int t = 0; t < TOKENS; ++t)
+                dots[t] = Isa::splat_int(kHasMinimums ? 0 : -8 * x.sums[t]);
+            Isa::template add_nibbles<TOKENS>(group.quants[0][row], x.quants, dots);
+            auto scales = Isa::load_float16(group.scales + row);
+            for (int t = 0; t < TOKENS; ++t) {
+                auto scale = Isa::multiply(scales, Isa::splat(x.scales[t]));
+                auto &total = tile.totals[t][v];
+                total = Isa::multiply_add(scale, Isa::to_floats(dots[t]), total);
+            }
+            if constexpr (kHasMinimums) {
+                auto minimums = Isa::load_float16(group.minimums + row);
                 for (int t = 0; t < TOKENS; ++t) {
-                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
                     auto &total = tile.totals[t][v];
-                    total = Isa::multiply_add(scale, Isa::to_floats(dots[t]), total);
-                }
-                if constexpr (kHasMinimums) {
-                    auto minimums = Isa::load_float16(group.minimums + row);
-                    for (int t = 0; t < TOKENS; ++t) {
-                        auto &total = tile.totals[t][v];
-                        total = Isa::multiply_add(minimums, Isa::splat(scaled_sums_T[t]), total);
-                    }
+                    total = Isa::multiply_add(minimums, Isa::splat(x.scaled_sums[t]), total);
                 }
             }
         }
@@ -98,28 +103,88 @@ struct Int4Product {
 
 template <class Isa>
 struct Int8Product {
+    using Group = Int8Group;
+
+    template <int TOKENS, int VECTORS>
+    static inline void add_group(const Group &group, const Groups &x, int64_t lane,
+                                 Tile<Isa, TOKENS, VECTORS> &tile) {
+        for (int v = 0; v < VECTORS; ++v) {
+            int64_t row = lane + v * Isa::kLanes;
+            typename Isa::Ints dots[TOKENS];
+            Isa::template dot_bytes<TOKENS>(group.quants[0][row], x.quants, x.sums, dots);
+            auto scales = Isa::load_float16(group.scales + row);
+            for (int t = 0; t < TOKENS; ++t) {
+                auto scale = Isa::multiply(scales, Isa::splat(x.scales[t]));
+                tile.totals[t][v] =
+                    Isa::multiply_add(scale, Isa::to_floats(dots[t]), tile.totals[t][v]);
+            }
+        }
+    }
+};
+
+// The groups among [first, end) of a token that have a rest. Returns how many there are.
+static inline int64_t find_rests(const uint8_t *has_rest, int64_t first, int64_t end, int64_t *found) {
+    int64_t count = 0;
+    for (int64_t g = first; g < end; g += kMarks) {
+        uint64_t marks;
+        memcpy(&marks, has_rest + g, sizeof marks);
+        for (; marks; marks &= marks - 1) found[count++] = g + __builtin_ctzll(marks) / 8;
+    }
+    return count;
+}
+
+// A product by groups, by what `Groups` says of one.
+template <class Isa, class Product>
+struct GroupedProduct {
+    using Group = typename Product::Group;
+
     template <int TOKENS, int VECTORS>
     static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
                            const Activations &x, int64_t token, int64_t lane,
                            Tile<Isa, TOKENS, VECTORS> &tile) {
-        const Int8Group *groups = (const Int8Group *)panel;
+        const Group *groups = (const Group *)panel;
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
-            const Int8Group &group = groups[g];
-            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Int8Group));
-            int64_t at = g * x.num_tokens + token;
-            const int8_t *quants = x.quants + at * kGroup;
-            const float *scales_T = x.scales + at;
-            const int32_t *sums_T = x.sums + at;
-            for (int v = 0; v < VECTORS; ++v) {
-                int64_t row = lane + v * Isa::kLanes;
-                typename Isa::Ints dots[TOKENS];
-                Isa::template dot_bytes<TOKENS>(group.quants[0][row], quants, sums_T, dots);
-                auto scales = Isa::load_float16(group.scales + row);
-                for (int t = 0; t < TOKENS; ++t) {
-                    auto scale = Isa::multiply(scales, Isa::splat(scales_T[t]));
-                    tile.totals[t][v] =
-                        Isa::multiply_add(scale, Isa::to_floats(dots[t]), tile.totals[t][v]);
+            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
+            Product::add_group(groups[g], x.groups.at(g * x.num_tokens + token), lane, tile);
+        }
+    }
+
+    // The whole of a token that is alone: while its rests are added, memory is read on.
+    template <int VECTORS>
+    static inline void add_alone(const shardmix_matrix &matrix, const char *panel, const char *next,
+                                 const Activations &x, Tile<Isa, 1, VECTORS> &tile) {
+        const Group *groups = (const Group *)panel;
+        int64_t num_groups = matrix.num_groups;
+        Tile<Isa, 1, VECTORS> rests;
+        rests.clear();
+        for (int64_t g = 0; g < num_groups; ++g) {
+            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
+            Product::add_group(groups[g], x.groups.at(g), 0, tile);
+            if (x.has_rest[g]) Product::add_group(groups[g], x.rests.at(g), 0, rests);
+        }
+        for (int v = 0; v < VECTORS; ++v)
+            tile.totals[0][v] = Isa::add(tile.totals[0][v], rests.totals[0][v]);
+    }
+
+    // What the rests of groups add to the rows of panels.
+    static void add_rests(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
+                          int64_t end_panel, float *out) {
+        constexpr int64_t kMost = 1024;  // groups that are looked at together
+        for (int64_t token = 0; token < x.num_tokens; ++token) {
+            const uint8_t *has_rest = x.has_rest + token * padded_groups(matrix.num_groups);
+            for (int64_t first = 0; first < matrix.num_groups; first += kMost) {
+                int64_t left = matrix.num_groups - first, found[kMost];
+                int64_t count = find_rests(has_rest, first, first + (left < kMost ? left : kMost), found);
+                for (int64_t p = first_panel; count && p < end_panel; ++p) {
+                    const Group *groups = (const Group *)panel_at(matrix, p);
+                    Tile<Isa, 1, kPanelRows / Isa::kLanes> tile;
+                    tile.clear();
+                    for (int64_t i = 0; i < count; ++i) {
+                        Groups rest = x.rests.at(found[i] * x.num_tokens + token);
+                        Product::add_group(groups[found[i]], rest, 0, tile);
+                    }
+                    tile.add(out, matrix.num_rows, token, p * kPanelRows);
                 }
             }
         }
@@ -128,6 +193,14 @@ struct Int8Product {
 
 template <class Isa>
 struct BFloat16Product {
+    static void add_rests(const shardmix_matrix &, const Activations &, int64_t, int64_t, float *) {}
+
+    template <int VECTORS>
+    static inline void add_alone(const shardmix_matrix &matrix, const char *panel, const char *next,
+                                 const Activations &x, Tile<Isa, 1, VECTORS> &tile) {
+        add<1, VECTORS>(matrix, panel, next, x, 0, 0, tile);
+    }
+
     // Sums of every second column: one chain of additions would wait for itself.
     static constexpr int kChains = 2;
 
@@ -176,40 +249,54 @@ static inline void multiply_tile(const shardmix_matrix &matrix, const char *pane
     }
 }
 
+// Panels that stay in a core's cache until the rests of all tokens are added.
+constexpr int64_t kBatchBytes = 48 << 10;
+
 // A panel stays in the cache while all tokens pass over it. `TOKENS` at a time fill the registers;
 // one alone takes the panel's whole width, so that memory is read in order.
 template <class Isa, class Product, int TOKENS>
 static void multiply_panels(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
                             int64_t end_panel, float *out, const char *after) {
     constexpr int kWhole = kPanelRows / Isa::kLanes;
+    int64_t batch = kBatchBytes / panel_bytes(matrix), batch_start = first_panel;
     for (int64_t p = first_panel; p < end_panel; ++p) {
         const char *panel = panel_at(matrix, p);
         const char *next = p + 1 < end_panel || !after ? panel + panel_bytes(matrix) : after;
         int64_t token = 0, row = p * kPanelRows;
+        if (x.num_tokens == 1) {
+            Tile<Isa, 1, kWhole> tile;
+            tile.clear();
+            Product::add_alone(matrix, panel, next, x, tile);
+            tile.store(out, matrix.num_rows, 0, row);
+            continue;
+        }
         for (; token + TOKENS <= x.num_tokens; token += TOKENS)
             multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, next, x, token, row, out);
         for (; TOKENS > 2 && token + 2 <= x.num_tokens; token += 2)
             multiply_tile<Isa, Product, 2, 1>(matrix, panel, next, x, token, row, out);
         for (; token < x.num_tokens; ++token)
             multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, next, x, token, row, out);
+        if (p + 1 < end_panel && p + 1 < batch_start + batch) continue;
+        Product::add_rests(matrix, x, batch_start, p + 1, out);
+        batch_start = p + 1;
     }
 }
 
 template <class Isa>
 static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
                      int64_t end_panel, float *out, const char *after) {
+    auto by = [&](auto product) {
+        multiply_panels<Isa, decltype(product), Isa::kTokens>(matrix, x, first_panel, end_panel, out,
+                                                              after);
+    };
     if (matrix.format == SHARDMIX_INT4)
-        multiply_panels<Isa, Int4Product<Isa, Int4Group>, Isa::kTokens>(matrix, x, first_panel,
-                                                                        end_panel, out, after);
+        by(GroupedProduct<Isa, Int4Product<Isa, Int4Group>>{});
     else if (matrix.format == SHARDMIX_SYMMETRIC_INT4)
-        multiply_panels<Isa, Int4Product<Isa, SymmetricInt4Group>, Isa::kTokens>(
-            matrix, x, first_panel, end_panel, out, after);
+        by(GroupedProduct<Isa, Int4Product<Isa, SymmetricInt4Group>>{});
     else if (matrix.format == SHARDMIX_INT8)
-        multiply_panels<Isa, Int8Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel, out,
-                                                             after);
+        by(GroupedProduct<Isa, Int8Product<Isa>>{});
     else
-        multiply_panels<Isa, BFloat16Product<Isa>, Isa::kTokens>(matrix, x, first_panel, end_panel,
-                                                                 out, after);
+        by(BFloat16Product<Isa>{});
 }
 
 #ifdef __AVX512F__

@@ -1,5 +1,4 @@
-// Rows of a stage one after another, for generated tokens: one call for as many as follow each other
-// on one device.
+// Rows of a stage one after another: one call for as many as follow each other on one device.
 
 #include "step.h"
 
@@ -36,10 +35,18 @@ bool is_valid_step(const shardmix_step &step) {
     return total == step.num_tokens;
 }
 
-void lay_out_tokens(const shardmix_step &step, Token *tokens) {
-    for (int64_t s = 0, n = 0; s < step.num_segments; ++s)
-        for (int64_t i = 0; i < step.segments[s].num_tokens; ++i, ++n)
-            tokens[n] = {&step.segments[s], step.segments[s].first_position + i};
+void StepMemory::lay_out(const shardmix_step &step) {
+    tokens.reserve(step.num_tokens);
+    if (step.is_prompt) blocks.reserve(step.num_tokens / kBlockTokens + step.num_segments);
+    num_blocks = 0;
+    for (int64_t s = 0, n = 0; s < step.num_segments; ++s) {
+        int64_t count = step.segments[s].num_tokens;
+        // Blocks begin where their segments do.
+        for (int64_t i = 0; i < count && step.is_prompt; i += kBlockTokens)
+            blocks.data()[num_blocks++] = {n + i, i + kBlockTokens < count ? kBlockTokens : count - i};
+        for (int64_t i = 0; i < count; ++i, ++n)
+            tokens.data()[n] = {&step.segments[s], step.segments[s].first_position + i};
+    }
 }
 
 namespace {
@@ -66,7 +73,7 @@ void finish(const Step &step, Phase &phase) {
 void compute(const Step &step, const Head &head) {
     StepMemory &memory = step.memory;
     auto held = step.team.hold();
-    lay_out_tokens(step.in, memory.tokens.reserve(step.in.num_tokens));
+    memory.lay_out(step.in);
     memory.sums.reserve(step.in.num_tokens * step.width);
     for (int64_t row = 0; row < step.num_rows; ++row) {
         if (step.rows[row].attention)

@@ -46,58 +46,69 @@ class Buffer {
 // Tokens that are made ready for a matrix, in memory of a `TokenMemory`.
 class PreparedTokens {
    public:
-    PreparedTokens(const shardmix_matrix &matrix, float *values, const QuantizedToken &quantized)
-        : matrix_(matrix), values_(values), quantized_(quantized) {}
+    PreparedTokens(const shardmix_matrix &matrix, const Activations &activations)
+        : matrix_(matrix), activations_(activations) {}
 
     // Where a token's values are put before `prepare`.
-    float *values(int64_t token) const { return values_ + token * matrix_.num_columns; }
+    float *values(int64_t token) const {
+        return activations_.values + token * matrix_.num_columns;
+    }
 
     // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
     void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
         if (matrix_.format == SHARDMIX_BFLOAT16) return;
-        QuantizedToken target{quantized_.quants + token * kGroup, quantized_.scales + token,
-                              quantized_.scaled_sums + token, quantized_.sums + token,
-                              quantized_.stride};
-        kernels().quantize(values(token), matrix_.block, first_group, end_group, target);
+        kernels().quantize(activations_, token, matrix_, first_group, end_group);
     }
     void prepare(int64_t token) const { prepare(token, 0, matrix_.num_groups); }
 
-    Activations view() const {
-        return {values_,         quantized_.quants, quantized_.scales, quantized_.scaled_sums,
-                quantized_.sums, quantized_.stride};
-    }
+    const Activations &view() const { return activations_; }
 
    private:
     const shardmix_matrix &matrix_;
-    float *values_;
-    QuantizedToken quantized_;  // the first token's
+    Activations activations_;
+};
+
+class GroupMemory {
+   public:
+    // Room for so many groups. Throws std::bad_alloc.
+    void reserve(int64_t count) {
+        quants_.reserve(count * kGroup);
+        scales_.reserve(count);
+        scaled_sums_.reserve(count);
+        sums_.reserve(count);
+    }
+    Groups view() const {
+        return {quants_.data(), scales_.data(), scaled_sums_.data(), sums_.data()};
+    }
+
+   private:
+    Buffer<int8_t> quants_;
+    Buffer<float> scales_;
+    Buffer<float> scaled_sums_;
+    Buffer<int32_t> sums_;
 };
 
 class TokenMemory {
    public:
     // Room for tokens of a matrix. Throws std::bad_alloc.
     void reserve(const shardmix_matrix &matrix, int64_t num_tokens) {
-        int64_t groups = num_tokens * matrix.num_groups;
         values_.reserve(num_tokens * matrix.num_columns);
-        quants_.reserve(groups * kGroup);
-        scales_.reserve(groups);
-        scaled_sums_.reserve(groups);
-        sums_.reserve(groups);
+        groups_.reserve(num_tokens * matrix.num_groups);
+        rests_.reserve(num_tokens * matrix.num_groups);
+        has_rest_.reserve(num_tokens * padded_groups(matrix.num_groups));
     }
 
     // Tokens of a matrix that there is room for; what was here for another one is gone.
     PreparedTokens view(const shardmix_matrix &matrix, int64_t num_tokens) const {
         return {matrix,
-                values_.data(),
-                {quants_.data(), scales_.data(), scaled_sums_.data(), sums_.data(), num_tokens}};
+                {values_.data(), groups_.view(), rests_.view(), has_rest_.data(), num_tokens}};
     }
 
    private:
     Buffer<float> values_;
-    Buffer<int8_t> quants_;
-    Buffer<float> scales_;
-    Buffer<float> scaled_sums_;
-    Buffer<int32_t> sums_;
+    GroupMemory groups_;
+    GroupMemory rests_;
+    Buffer<uint8_t> has_rest_;
 };
 
 // Panels that a thread takes at a time, at least: few enough that all end together.

@@ -97,6 +97,7 @@ typedef struct {
     const float *const *sin;
     int64_t num_ropes;
     const float *query_scale;  // [T], of layers without RoPE; null: none
+    int64_t is_prompt;         // tokens that follow each other attend together
 } shardmix_step;
 
 typedef struct {
@@ -159,6 +160,7 @@ SHARDMIX_EXPORT int64_t shardmix_rows(const shardmix_row *rows, int64_t num_rows
                                       int64_t num_head_tokens, float *logits);
 // What lies between the two products of an attention half: biases, norms, rotations, the new keys and
 // values into the cache, attention. `projected` [T, rows of qkv] is changed; `attended` is [T, H D].
+// For prompts.
 SHARDMIX_EXPORT int64_t shardmix_attend(const shardmix_attention_share *share,
                                         const shardmix_step *step, float *projected,
                                         float *attended);

@@ -17,7 +17,11 @@ struct Token {
     int64_t position;
 };
 
-void lay_out_tokens(const shardmix_step &step, Token *tokens);
+// Tokens of one segment that follow each other, at most kBlockTokens.
+struct Block {
+    int64_t first_token;
+    int64_t num_tokens;
+};
 
 // Grows, and is kept for the next call of the same thread.
 struct StepMemory {
@@ -26,12 +30,17 @@ struct StepMemory {
     Buffer<float> projected;   // [T, rows of the first matrix]
     Buffer<float> sums;        // [T, width]: what a row adds to the stream
     Buffer<Token> tokens;
+    Buffer<Block> blocks;      // of prompts
+    int64_t num_blocks = 0;
     Buffer<float> maxima;      // [parts or threads, H]: see AttentionUnit
     Buffer<float> weights;     // [parts or threads, H]
     Buffer<float> parts;       // [parts or threads, H, D]; for prompts [threads, block_memory]
     Buffer<float> highest;     // [T, H]: of the maxima of the parts that are joined
     Buffer<float> totals;      // [T, H]: of their weights
     Buffer<Phase> phases;
+
+    // Fill in the tokens of a step and, of a prompt, its blocks. Throws std::bad_alloc.
+    void lay_out(const shardmix_step &step);
 };
 
 struct Step {
@@ -94,6 +103,17 @@ bool is_consistent(const shardmix_head_share &share);
 static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,
                                    int64_t first, int64_t end, float *out, const char *next) {
     kernels().multiply(matrix, tokens.view(), first, end, out, next);
+}
+
+// Each token once, those of a line of the cache by one thread: what is prepared of neighbours lies side
+// by side.
+template <class Unit>
+static inline void share_tokens(ThreadTeam &team, Phase &phase, int64_t num_tokens, Unit unit) {
+    constexpr int64_t kLineTokens = 64 / sizeof(float);
+    team.share(phase, num_tokens, num_tokens < 2 * kLineTokens ? 1 : kLineTokens,
+               [&](int64_t first, int64_t end, int64_t) {
+                   for (int64_t t = first; t < end; ++t) unit(t);
+               });
 }
 
 // A product whose panels the threads share; each reads `after` when there are none left.

@@ -76,11 +76,11 @@ struct Model {
     }
 };
 
-constexpr size_t kParts = 5;
+constexpr size_t kParts = 6;
 using Results = std::vector<std::vector<float>>;
 
-// Two steps of attention and another MLP, the MLP whose tokens are also computed alone, the head, a
-// prompt's attention after the two steps.
+// Two steps of attention and another MLP, the MLP whose tokens are also computed alone, the head, and
+// after the two steps a prompt's attention, alone and in its rows.
 Results compute(const Model &model, int64_t variant) {
     int64_t first_heads[] = {0, 3, 6};
     shardmix_attention_share attention{};
@@ -114,7 +114,7 @@ Results compute(const Model &model, int64_t variant) {
     results[4].resize(kTokens * kHeads * kHeadWidth);
     int64_t failed = 0;
     shardmix_segment segment{&place, 1, 0, kTokens};
-    shardmix_step step{&segment, 1, kTokens, &cos, &sin, 1, nullptr};
+    shardmix_step step{&segment, 1, kTokens, &cos, &sin, 1, nullptr, 0};
     for (size_t n = 0; n < 2; ++n, segment.first_position += kTokens)
         failed |= shardmix_rows(layer, 2, &step, kWidth, stream, 0, results[n].data(), nullptr, nullptr, 0,
                                 nullptr);
@@ -122,7 +122,11 @@ Results compute(const Model &model, int64_t variant) {
                             nullptr);
     failed |= shardmix_head_part(&head, stream, kTokens, results[3].data());
     std::vector<float> projected = model.projected;
+    step.is_prompt = 1;
     failed |= shardmix_attend(&attention, &step, projected.data(), results[4].data());
+    failed |= shardmix_rows(layer, 2, &step, kWidth, stream, 0, results[5].data(), nullptr, nullptr, 0,
+                            nullptr);
+    step.is_prompt = 0;
     std::vector<float> alone(kWidth);
     step.num_tokens = segment.num_tokens = 1;
     for (int64_t t = 0; t < kTokens; ++t) {

@@ -55,6 +55,8 @@ PROMPTS: tuple[Step, ...] = (
     ((5, 16, 1), (0, 40, 33), (2, 0, 3)),
     ((5, 17, 100),),
     ((2, 3, 15), (0, 73, 48)),
+    # More than go through a row together.
+    ((0, 121, 20), (2, 18, 300)),
 )
 shared = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -73,14 +75,19 @@ def use(library: NativeLibrary, data: st.DataObject) -> None:
 
 
 def assert_attention_agrees(
-    library: NativeLibrary, case: Case, steps: tuple[Step, ...], kv: CacheDtype, window: int
+    library: NativeLibrary,
+    case: Case,
+    steps: tuple[Step, ...],
+    kv: CacheDtype,
+    window: int,
+    kind: StepKind = "generated",
 ) -> None:
     config, exact = case.config, case.exact()
     native = NativeHalf(case, library, window, kv)
     cache = KVCache(config, {0: exact.num_kv_heads}, window, kv, CPU)
     rounded = 0.0 if case.format == "bfloat16" else ROUNDED_TOLERANCE
     for number, step in enumerate(steps):
-        batch = case.batch(*step)
+        batch = case.batch(*step, kind=kind)
         for slot, first, count in step:
             cache.extend(slot, first, count)
             native.cache.extend(slot, first, count)
@@ -96,6 +103,7 @@ def assert_attention_agrees(
     format=st.sampled_from(FORMATS),
     heads=st.sampled_from([(0, 6), (2, 5), (1, 2), (0, 4)]),
     kv=st.sampled_from(["float32", "float16", "bfloat16"]),
+    kind=st.sampled_from(["generated", "prompt"]),
     data=st.data(),
 )
 def test_attention_agrees_over_every_kind_of_layer(
@@ -104,10 +112,12 @@ def test_attention_agrees_over_every_kind_of_layer(
     format: str,
     heads: tuple[int, int],
     kv: CacheDtype,
+    kind: StepKind,
     data: st.DataObject,
 ) -> None:
     use(library, data)
-    assert_attention_agrees(library, attention_case(config, format, heads), STEPS, kv, WINDOW)
+    case, steps = attention_case(config, format, heads), STEPS if kind == "generated" else PROMPTS
+    assert_attention_agrees(library, case, steps, kv, WINDOW, kind)
 
 
 def assert_prompts_agree(

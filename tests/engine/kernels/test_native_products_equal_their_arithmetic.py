@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.native_library import NativeLibrary
-from engine.kernels.native_matrices import NativeMatrix, repack
+from engine.kernels.native_matrices import PASS_TOKENS, NativeMatrix, repack, takes_prompts
 from tests.engine.kernels.native_arithmetic import FORMATS, exact_values, product, random_matrix
 
 SHAPES = {
@@ -51,6 +51,7 @@ def test_every_instruction_set_computes_the_promised_product(
     library.set_num_threads(threads)
     x = torch.randn(tokens, blocks * block, generator=torch.Generator().manual_seed(seed))
     x[0, : min(40, block)] = 0.0  # a group without any magnitude
+    x[:, :: data.draw(st.integers(5, 60))] *= data.draw(st.sampled_from([1.0, 20.0, 1e4]))
     found = native.multiply(x, "generated").double().numpy()
     expected, allowed = product(matrix, x)  # type: ignore[arg-type]
     excess = np.abs(found - expected) - allowed
@@ -80,6 +81,25 @@ def test_rounding_activations_costs_at_most_half_a_step_of_each(
     assert (np.abs(found - exact) <= room + 2 * rounding).all()
 
 
+@pytest.mark.parametrize("format", ["int4", "symmetric int4", "int8"])
+def test_one_large_value_does_not_cost_its_neighbours_their_precision(
+    library: NativeLibrary, format: str
+) -> None:
+    """Alone and in company: some models have a channel a hundred times as large as the others."""
+    matrix, native = packed(library, format, 40, 1, 96, 5)
+    x = torch.randn(20, 96, generator=torch.Generator().manual_seed(6))
+    x[:, 40] *= 100.0
+    weights = exact_values(matrix)  # type: ignore[arg-type]
+    exact = x.double().numpy() @ weights.T
+    groups = x.view(20, 3, 32).abs().amax(2).double().numpy()
+    steps = groups / 127 / np.array([1.0, 254.0, 1.0])
+    room = steps @ np.abs(weights).reshape(-1, 3, 32).sum(2).T * 0.5001
+    _, rounding = product(matrix, x)  # type: ignore[arg-type]
+    for start, end in [(0, 20), *((n, n + 1) for n in range(20))]:
+        found = native.multiply(x[start:end], "generated").double().numpy()
+        assert (np.abs(found - exact[start:end]) <= (room + 2 * rounding)[start:end]).all()
+
+
 @shared
 @given(**SHAPES, data=st.data())
 def test_dequantised_rows_are_the_packed_ones_to_the_bit(
@@ -103,15 +123,35 @@ def test_dequantised_rows_are_the_packed_ones_to_the_bit(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_prompts_multiply_by_the_same_weights(library: NativeLibrary, format: str) -> None:
+def test_prompts_multiply_by_the_same_weights_through_torch(
+    library: NativeLibrary, format: str
+) -> None:
     """In pieces: the matrix is larger than the scratch buffer."""
+    library.use("portable")
     matrix, native = packed(library, format, 700, 2, 480, 3)
+    assert not native.takes_prompts
     x = torch.randn(5, 960, generator=torch.Generator().manual_seed(4))
     found = native.multiply(x, "prompt").double().numpy()
     exact = x.double().numpy() @ exact_values(matrix).T  # type: ignore[arg-type]
     # bfloat16 units round both factors to 8 bits; float32 products stay far below that.
     allowed = np.abs(x.double().numpy()) @ np.abs(exact_values(matrix)).T * 2**-7  # type: ignore[arg-type]
     assert (np.abs(found - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_prompts_multiply_like_generated_tokens_where_that_is_fast(
+    library: NativeLibrary, format: str
+) -> None:
+    """More tokens than are multiplied at a time; each as if it were alone."""
+    x = torch.randn(2 * PASS_TOKENS + 5, 192, generator=torch.Generator().manual_seed(4))
+    for name in [name for name, runs in library.instruction_sets.items() if runs]:
+        library.use(name)
+        _, native = packed(library, format, 40, 2, 96, 3)
+        alone = torch.cat([native.multiply(x[n : n + 1], "generated") for n in range(len(x))])
+        assert torch.equal(native.multiply(x, "generated"), alone)
+        assert native.takes_prompts == (format != "bfloat16" and takes_prompts(library))
+        if native.takes_prompts:
+            assert torch.equal(native.multiply(x, "prompt"), alone)
 
 
 @shared

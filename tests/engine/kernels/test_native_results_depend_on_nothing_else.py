@@ -12,7 +12,7 @@ from engine.kernels import native_kernels
 from engine.kernels.native_kernels import NativeRow, NativeRows
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_matrices import NativeMatrix, repack
-from engine.model.config import Layer, ModelConfig
+from engine.model.config import Layer, ModelConfig, Rope
 from engine.model.kv_cache import KVCache
 from engine.model.norm import rms_norm
 from tests.engine.kernels.half_layers import (
@@ -48,6 +48,8 @@ def test_a_product_is_the_same_in_every_batch_and_on_every_number_of_threads(
     native = repack(random_matrix(format, 83, 150, 150 if format == "bfloat16" else 75, 1), library)
     assert isinstance(native, NativeMatrix)
     x = torch.randn(23, 150, generator=torch.Generator().manual_seed(2))
+    x[:, 7] *= 40.0  # What rounding leaves of its group is a group of its own.
+    x[3::5, 100] *= 60.0
     alone = torch.cat([native.multiply(x[n : n + 1], "generated") for n in range(len(x))])
     # Some come late or never where there are more of them than cores.
     for threads in (1, 2, 3, 4, 16, 63, 64, 70):
@@ -122,6 +124,42 @@ def test_a_prompt_attends_the_same_however_it_is_cut(library: NativeLibrary, spa
     for threads in (1, 2, 4):
         library.set_num_threads(threads)
         assert torch.equal(attend(pieces, others), alone)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_of_a_prompt_give_the_same_however_it_is_cut(
+    library: NativeLibrary, format: str
+) -> None:
+    """In pieces, some of which are more than go through a row together, beside another slot."""
+    ropes = (Rope(theta=10000.0), Rope(theta=500.0))
+    config = config_of(width=64, layers=(Layer(mlp_width=75, rope=1),), ropes=ropes)
+    cases = [attention_case(config, format), mlp_case(config, format, 75)]
+    length = 300
+    x, other = random_stream(config, length, 1), random_stream(config, length, 2)
+
+    def read(pieces: list[tuple[int, int]], others: list[tuple[int, int]]) -> torch.Tensor:
+        cache = KVCache(config, {0: 2}, WINDOW, "float16", CPU)
+        rows = _join([case.native(library) for case in cases], {}, config, cache)
+        found: list[torch.Tensor] = []
+        for (first, count), (start, tokens) in zip(pieces, others, strict=True):
+            segments = [(4, start, tokens), (0, first, count)] if tokens else [(0, first, count)]
+            for segment in segments:
+                cache.extend(*segment)
+            batch = rows.batch(cases[0].batch(*segments, kind="prompt"))
+            stream = torch.cat([other[start : start + tokens], x[first : first + count]])
+            # Row by row: how this machine multiplies prompts decides nothing here.
+            for row in range(2):
+                stream = stream + rows.part(row, stream, batch)
+            found.append(stream[tokens:])
+        return torch.cat(found)
+
+    expected = read([(n, 1) for n in range(length)], [(0, 0)] * length)
+    for threads in (1, 2, 4):
+        library.set_num_threads(threads)
+        assert torch.equal(read([(0, length)], [(0, 0)]), expected)
+        pieces = [(0, 1), (1, 33), (34, 16), (50, 200), (250, 50)]
+        assert torch.equal(read(pieces, [(0, 3), (3, 1), (4, 20), (24, 150), (174, 90)]), expected)
 
 
 @pytest.mark.usefixtures("instruction_set")

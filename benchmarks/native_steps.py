@@ -1,9 +1,7 @@
-"""What a device's own part of a step takes with native kernels, and what 8-bit activations cost.
+"""What a device's own part of a step takes with native kernels.
 
 `python benchmarks/native_steps.py`: SmolLM2 in one process, without engine host or exchange.
-Milliseconds of all rows and the head, by threads, tokens in the step and context; and how far
-logits of a text are from float32 when it is read as a prompt, with dequantised weights, and as
-generated tokens, with activations in 8 bits.
+Milliseconds of all rows and the head, by threads, tokens in the step and context, and of prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import Any
 
 import machine
 import torch
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine.cluster.lockstep import Lockstep
@@ -25,17 +22,16 @@ from engine.model.batch import Segment
 from engine.model.shard import ModelShard
 from engine.plan.plan import PlanShape
 from engine.plan.presets import single
-from engine.text.tokenizer import load_tokenizer
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.models import resolve_model
 
-TEXT = Path(__file__).parent / "reference_text.txt"
-TEXT_TOKENS = 700
 STEPS = 100
+PROMPT_STEPS = 8
 # Tokens in a step, each of a conversation of its own, and positions before them.
 SHORT, LONG = 128, 4000
 CASES = ((1, SHORT), (4, SHORT), (16, SHORT), (1, LONG))
-LONG_SLOT = 100
+LONG_SLOT, PROMPT_SLOT = 100, 101
+PROMPTS = (16, 128, 512)
 
 
 def step_ms(shard: ModelShard, num_tokens: int, context: int) -> list[float]:
@@ -62,30 +58,37 @@ def step_ms(shard: ModelShard, num_tokens: int, context: int) -> list[float]:
     return sorted(times)
 
 
-def divergence(exact: NDArray[Any], found: NDArray[Any]) -> float:
-    """Mean KL divergence of the next token's distributions, in nats."""
-    exact_log, found_log = (
-        torch.log_softmax(torch.as_tensor(logits).double(), -1) for logits in (exact, found)
+def prompt_ms(shard: ModelShard, num_tokens: int) -> list[float]:
+    """Times of prompts with the logits of the last token, ascending."""
+    head_row = shard.plan.shape.head_row
+    last = num_tokens - 1
+    x = torch.randn(num_tokens, shard.config.width)
+    segment = Segment(
+        slot=PROMPT_SLOT, first_position=0, token_count=num_tokens, logit_offsets=(last,)
     )
-    return float((exact_log.exp() * (exact_log - found_log)).sum(-1).mean())
+    times: list[float] = []
+    for _ in range(PROMPT_STEPS):
+        shard.cache.free(PROMPT_SLOT)
+        started = time.perf_counter()
+        batch = shard.batch("prompt", (segment,))
+        stream, row, logits = x, 0, None
+        while row < head_row:
+            stream, row, logits = shard.advance(row, head_row, stream, batch, (last,))
+        if logits is None:
+            shard.logits(stream[last:])
+        times.append((time.perf_counter() - started) * 1e3)
+    return sorted(times)
 
 
 def main() -> None:
     """Measure and write the result."""
     about = machine.describe()
     path = resolve_model(None, lambda _done, _total: None)
-    ids = load_tokenizer(path).encode(TEXT.read_text(encoding="utf-8"))
     steps: list[dict[str, Any]] = []
+    prompts: list[dict[str, Any]] = []
     with open_checkpoint(path) as checkpoint:
         plan = single(PlanShape.from_config(checkpoint.config), "this/cpu")
         model = Lockstep(checkpoint, plan, "int4", kv_dtype="float16")
-        exact = Lockstep(checkpoint, plan, "float32").logits(ids[:TEXT_TOKENS])
-        apart = {
-            "dequantised, as prompts are": divergence(exact, model.logits(ids[:TEXT_TOKENS])),
-            "8-bit activations, as generated tokens are": divergence(
-                exact, model.logits(ids[:TEXT_TOKENS], kind="generated")
-            ),
-        }
         for slot, length in ((LONG_SLOT, LONG), *((slot, SHORT) for slot in range(16))):
             for first in range(0, length, 500):
                 model.step([(slot, first, list(range(min(500, length - first))))])
@@ -103,6 +106,10 @@ def main() -> None:
                             "median_ms": machine.median(times),
                         }
                     )
+                for num_tokens in PROMPTS:
+                    times = prompt_ms(model.shards[0], num_tokens)
+                    figures = {"best_ms": times[0], "median_ms": machine.median(times)}
+                    prompts.append({"threads": threads, "tokens": num_tokens, **figures})
     lines = [
         f"SmolLM2 Q4_1 in one process; kernels: {kernels_in_use()}; {STEPS} steps each.",
         "",
@@ -114,13 +121,12 @@ def main() -> None:
         f"| {s['median_ms']:.2f} |"
         for s in steps
     ]
+    lines += ["", "| threads | tokens of a prompt | best ms | median ms |", "|---|---|---|---|"]
     lines += [
-        "",
-        f"| {TEXT_TOKENS} tokens of a text read with | KL from float32, nats |",
-        "|---|---|",
+        f"| {s['threads']} | {s['tokens']} | {s['best_ms']:.1f} | {s['median_ms']:.1f} |"
+        for s in prompts
     ]
-    lines += [f"| {name} | {value:.5f} |" for name, value in apart.items()]
-    machine.write("native-steps", about, {"steps": steps, "divergence": apart}, lines)
+    machine.write("native-steps", about, {"steps": steps, "prompts": prompts}, lines)
 
 
 if __name__ == "__main__":

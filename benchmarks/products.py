@@ -68,7 +68,7 @@ def main() -> None:
             break
         library.set_num_threads(1)
         measure(f"{name}, {library.selected_name} kernels", native, "generated")
-        native.takes_prompts = False
+        native.most_prompt_tokens = 0
         measure(f"{name}, prompt, dequantised by {library.selected_name} kernels", native, "prompt")
     lines = [
         (

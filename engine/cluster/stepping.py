@@ -99,7 +99,9 @@ class Stepping:
                 self._receive(first_row, n, piece, streams)
                 stream = streams[n]
                 assert stream is not None
-                streams[n] = self._work(first_row, end_row, n, piece, stream, batches[n])
+                # Where there are several, their logits are computed together.
+                rows = piece.logit_rows if len(pieces) == 1 else ()
+                streams[n] = self._work(first_row, end_row, n, piece, stream, batches[n], rows)
         self._last_batch = batches[-1]
         if not self._has_head:
             return []
@@ -109,8 +111,8 @@ class Stepping:
         heads = [stream for stream in streams if stream is not None]
         if not heads:
             return []
-        # Where one piece is all there is, its last rows may have brought them.
-        if self._last_logits is None or len(pieces) > 1:
+        # The last rows may have brought them.
+        if self._last_logits is None:
             started = time.perf_counter_ns()
             self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
             exchange.counters.compute_ns += time.perf_counter_ns() - started
@@ -208,10 +210,18 @@ class Stepping:
         return piece.end_token - piece.first_token
 
     def _work(
-        self, first_row: int, end_row: int, n: int, piece: Piece, x: torch.Tensor, batch: Batch
+        self,
+        first_row: int,
+        end_row: int,
+        n: int,
+        piece: Piece,
+        x: torch.Tensor,
+        batch: Batch,
+        logit_rows: Sequence[int],
     ) -> torch.Tensor | None:
         """This device's share of a stage's rows, for one piece; what leaves the stage is sent.
 
+        Args: logit_rows: of the piece, whose logits may come with its last row.
         Returns: the stream after the last row where nothing is sent there; None without tokens.
         """
         shard, exchange = self.shard, self.exchange
@@ -226,7 +236,7 @@ class Stepping:
                 # Only after the last row of a stage may something be handed over.
                 alone = end_row if exchange.row(end_row - 1).is_local else end_row - 1
                 end = alone if piece.logit_rows else min(alone, last_row)
-                x, row, self._last_logits = shard.advance(row, end, x, batch, piece.logit_rows)
+                x, row, self._last_logits = shard.advance(row, end, x, batch, logit_rows)
                 if row > last_row and len(piece.logit_rows) < x.shape[0]:
                     x = x[list(piece.logit_rows)]
                 exchange.counters.compute_ns += time.perf_counter_ns() - started

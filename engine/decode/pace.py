@@ -22,8 +22,9 @@ MIN_PIECE = 8
 class PieceRule(NamedTuple):
     """How long a piece of a prompt is, as far as measured speed decides.
 
-    Every piece pays for widening all weights, however short it is: with a model of 1B and two cores
-    that is a second. Pieces that are short beside that are read at a fraction of the speed.
+    Where torch multiplies, every piece pays for widening all weights, however short it is: with a model
+    of 1B and two cores that is a second. Pieces that are short beside that are read at a fraction of
+    the speed.
 
     Attributes:
         seconds: that it takes, or
@@ -40,7 +41,7 @@ class PieceRule(NamedTuple):
 
 # Neighbours wait for a whole piece; fewer pieces are less to wait for in all.
 SHARED = PieceRule(0.15, 1.0, 32, 2.0)
-# A cancel is heard between two rows, and who comes meanwhile waits for one piece.
+# A cancel is heard between two rows or native calls, and who comes meanwhile waits for one piece.
 LONE = PieceRule(1.0, 4.0, 64, 4.0)
 # Full logits of a piece travel in one frame, in which no heartbeat is heard: 16 rows of a vocabulary
 # of 128 k take 2.5 s at 27 Mbit/s.

@@ -10,16 +10,17 @@ T tokens of a step, H query heads and K kv heads of the share, D head width.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import addressof, byref, c_int64, pointer, sizeof
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import ProtocolError
+from engine.kernels.native_batch import NativeBatch, make_native_batch
 from engine.kernels.native_library import (
     AttentionStruct,
     HeadStruct,
@@ -28,11 +29,15 @@ from engine.kernels.native_library import (
     RowStruct,
     check_status,
 )
-from engine.kernels.native_matrices import PASS_TOKENS, NativeMatrix, check_tensor
+from engine.kernels.native_matrices import (
+    NativeMatrix,
+    address_of,
+    check_tensor,
+    optional_address,
+)
 from engine.kernels.torch_kernels import AttentionShare, Batch, HeadShare, MlpShare
-from engine.model.batch import StepKind
 from engine.model.config import NO_ROPE, Activation, CacheDtype, ModelConfig, RopeLayout
-from engine.model.kv_cache import CACHE_DTYPES, PLACE_NUMBERS, KVCache
+from engine.model.kv_cache import CACHE_DTYPES, KVCache
 from engine.model.norm import rms_norm
 from engine.model.view import View
 
@@ -57,7 +62,7 @@ class NativeRow:
         layer: whose cache it writes, for attention.
         cached_bytes: that it reads for each position of a conversation; 0 without attention.
         reach: positions back that it sees, at most.
-        takes_prompts: whether its products are as fast as torch's for prompts too.
+        most_prompt_tokens: up to which its products are faster than torch's for prompts, too.
         held: what the structs point to.
     """
 
@@ -69,7 +74,7 @@ class NativeRow:
     weight_bytes: int
     cached_bytes: int
     reach: int
-    takes_prompts: bool
+    most_prompt_tokens: int
     held: tuple[object, ...]
 
     def read_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
@@ -85,13 +90,13 @@ class _Run:
     Attributes:
         layers: whose caches they write.
         cached_bytes: that they read for each position of a conversation, whatever their reach.
-        takes_prompts: whether all of them do.
+        most_prompt_tokens: of the row that has the fewest.
     """
 
     layers: tuple[int, ...]
     weight_bytes: int
     cached_bytes: int
-    takes_prompts: bool
+    most_prompt_tokens: int
 
     def most_bytes(self, times: int, ends: Sequence[tuple[int, int]]) -> int:
         """What a step reads at most. Args: as of `NativeRow.read_bytes`."""
@@ -110,43 +115,6 @@ class NativeHead:
 
 
 NativeShare = NativeRow | NativeHead
-
-
-# Where a slot's layers lie, the first position, and how many tokens from there.
-_Piece = tuple["array[int]", int, int]
-
-
-class _Pass(NamedTuple):
-    """Tokens of a step that go through a row together.
-
-    Attributes:
-        address: of a `shardmix_step` of them.
-    """
-
-    address: int
-    first_token: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NativeBatch(Batch):
-    """A step, as native rows take it.
-
-    Attributes:
-        num_tokens: T.
-        ends: slot, and the position after its last token, for each segment.
-        places: where each slot's layers lie.
-        whole: all tokens at once; valid, as the others, as long as this object and the slots live.
-        passes: the same tokens, a few at a time.
-        held: what lies at their addresses, and what that points to.
-    """
-
-    num_tokens: int
-    ends: tuple[tuple[int, int], ...]
-    places: tuple[array[int], ...]
-    whole: _Pass
-    passes: tuple[_Pass, ...]
-    held: tuple[object, ...]
 
 
 class NativeRows:
@@ -177,7 +145,7 @@ class NativeRows:
             self._structs[index] = RowStruct(
                 attention=None if row.attention is None else pointer(row.attention),
                 mlp=None if row.mlp is None else pointer(row.mlp),
-                post_norm=_optional("a norm", norm, (config.width,)),
+                post_norm=optional_address("a norm", norm, (config.width,)),
                 norm_epsilon=config.norm_epsilon,
             )
         self._post_norms = dict(post_norms)
@@ -188,78 +156,17 @@ class NativeRows:
         """Whether native kernels compute a row of generated tokens."""
         return row in self._rows
 
-    def takes(self, row: int, kind: StepKind) -> bool:
-        """Whether native kernels compute a row of such a step from end to end."""
+    def takes(self, row: int, batch: NativeBatch) -> bool:
+        """Whether native kernels compute a row of a step from end to end."""
         found = self._rows.get(row)
-        return found is not None and (kind == "generated" or found.takes_prompts)
+        return found is not None and batch.takes(found.most_prompt_tokens)
 
     def batch(self, batch: Batch) -> NativeBatch:
         """A step's batch for these rows.
 
         Raises: ProtocolError: angles or scales have another shape, dtype or layout.
         """
-        segments = batch.segments
-        num_tokens = sum([s.token_count for s in segments])
-        shape = (num_tokens, self._head_width // 2)
-        angles = [
-            (_address("angles", cos, shape), _address("angles", sin, shape))
-            for cos, sin in batch.ropes
-        ]
-        places = tuple([self._cache.places(s.slot) for s in segments])
-        scale = batch.query_scale
-        tables = [cos for cos, _ in angles] + [sin for _, sin in angles]
-        scales = _optional("query scales", scale, (num_tokens,)) or 0
-        is_prompt = batch.kind == "prompt"
-        held: list[object] = []
-
-        def tokens(first: int, pieces: Sequence[_Piece]) -> _Pass:
-            # As arrays, whose making costs a third of that of ctypes structures: every field of the
-            # header's structs is 8 bytes wide.
-            fields = array("q")
-            for held_places, first_position, count in pieces:
-                address, length = held_places.buffer_info()
-                fields.extend((address, length // PLACE_NUMBERS, first_position, count))
-            offset = 4 * first * shape[1]
-            addresses = array("q", [table + offset for table in tables] if first else tables)
-            first_table = addresses.buffer_info()[0]
-            count = sum([piece[2] for piece in pieces])
-            step = array(
-                "q",
-                (
-                    fields.buffer_info()[0],
-                    len(pieces),
-                    count,
-                    first_table,
-                    first_table + 8 * len(angles),
-                    len(angles),
-                    scales and scales + 4 * first,
-                    is_prompt,
-                ),
-            )
-            held.append((step, fields, addresses))
-            return _Pass(step.buffer_info()[0], first, count)
-
-        pieces = [
-            (held_places, segment.first_position, segment.token_count)
-            for segment, held_places in zip(segments, places, strict=True)
-        ]
-        whole = tokens(0, pieces)
-        passes = (whole,)
-        if num_tokens > PASS_TOKENS:
-            passes = tuple([tokens(first, some) for first, some in _cut(pieces, PASS_TOKENS)])
-        return NativeBatch(
-            kind=batch.kind,
-            segments=segments,
-            positions=batch.positions,
-            ropes=batch.ropes,
-            query_scale=scale,
-            num_tokens=num_tokens,
-            ends=tuple([(s.slot, s.first_position + s.token_count) for s in segments]),
-            places=places,
-            whole=whole,
-            passes=passes,
-            held=tuple(held),
-        )
+        return make_native_batch(batch, self._cache, self._head_width)
 
     def is_current(self, batch: NativeBatch) -> bool:
         """Whether the slots of a batch still have the memory that it points to."""
@@ -305,12 +212,12 @@ class NativeRows:
         assert struct is not None and prepared.layer is not None
         width = self._head_width
         num_rows = (struct.num_heads + 2 * struct.num_kv_heads) * width
-        address = _address("projections", projected_TN, (batch.num_tokens, num_rows))
+        address = address_of("projections", projected_TN, (batch.num_tokens, num_rows))
         for slot, end_position in batch.ends:
             self._cache.reserve(slot, (prepared.layer,), end_position)
         attended = projected_TN.new_empty(batch.num_tokens, struct.num_heads * width)
-        step = batch.whole.address
-        check_status(self._library.attend(byref(struct), step, address, attended.data_ptr()))
+        step, target = batch.whole.address, attended.data_ptr()
+        check_status(self._library.attend(byref(struct), step, address, target))
         return attended
 
     def advance(
@@ -325,7 +232,8 @@ class NativeRows:
         """As many rows one after another as go into one call, at least the first.
 
         Args:
-            first_row: one of these rows; nobody else has a share of it, nor of those up to the end.
+            first_row: one that these rows take of such a batch; nobody else has a share of it, nor of
+                those up to the end.
             x_TW: contiguous float32 [T, width] residual stream on the CPU.
             head: what follows the last row; goes into the call that computes that row, if it is one.
             logit_rows: N tokens of the stream whose logits are wanted.
@@ -337,10 +245,13 @@ class NativeRows:
         times_read = max(1, x_TW.shape[0] // TOKENS_A_READING)
         end, num_bytes = first_row, 0
         whole = self._run(first_row, end_row)
-        is_whole = whole is not None and (whole.takes_prompts or batch.kind == "generated")
-        if whole and is_whole and whole.most_bytes(times_read, batch.ends) <= MOST_RUN_BYTES:
+        if (
+            whole is not None
+            and batch.takes(whole.most_prompt_tokens)
+            and whole.most_bytes(times_read, batch.ends) <= MOST_RUN_BYTES
+        ):
             end = end_row
-        while end < end_row and self.takes(end, batch.kind):
+        while end < end_row and self.takes(end, batch):
             num_bytes += self._rows[end].read_bytes(times_read, batch.ends)
             if end > first_row and num_bytes > MOST_RUN_BYTES:
                 break
@@ -366,7 +277,7 @@ class NativeRows:
                 layers=tuple([row.layer for row in rows if row.layer is not None]),
                 weight_bytes=sum(row.weight_bytes for row in rows),
                 cached_bytes=sum(row.cached_bytes for row in rows),
-                takes_prompts=all(row.takes_prompts for row in rows),
+                most_prompt_tokens=min((row.most_prompt_tokens for row in rows), default=0),
             )
         return self._runs[first, end]
 
@@ -387,7 +298,7 @@ class NativeRows:
         output = torch.empty_like(x_TW)
         structs = addressof(self._structs) + first * sizeof(RowStruct)
         source, target = x_TW.data_ptr(), output.data_ptr()
-        for step, first_token, _ in batch.passes:
+        for step, first_token in batch.passes:
             offset = 4 * self._width * first_token
             status = self._library.rows(
                 structs,
@@ -432,24 +343,6 @@ def head_part(x_NW: Tensor, share: NativeHead) -> Tensor:
     return output
 
 
-def _cut(pieces: Sequence[_Piece], most: int) -> Iterator[tuple[int, list[_Piece]]]:
-    """Pieces of at most so many tokens together, and how many tokens come before them."""
-    first, count = 0, 0
-    some: list[_Piece] = []
-    for places, first_position, num_tokens in pieces:
-        end_position = first_position + num_tokens
-        while first_position < end_position:
-            taken = min(end_position - first_position, most - count)
-            some.append((places, first_position, taken))
-            first_position += taken
-            count += taken
-            if count == most:
-                yield first, some
-                first, count, some = first + most, 0, []
-    if some:
-        yield first, some
-
-
 def _check_stream(x_TW: Tensor, width: int) -> int:
     """Tokens of a residual stream that may be read by its address."""
     num_tokens = x_TW.shape[0]
@@ -468,20 +361,6 @@ def _check_count(batch: NativeBatch, num_tokens: int) -> None:
             f"segments of {batch.num_tokens:,} tokens came with a stream of {num_tokens:,}, as "
             "many are needed. Send the step again"
         )
-
-
-def _address(name: str, tensor: Tensor, shape: tuple[int, ...]) -> int:
-    """Of a contiguous float32 tensor on the CPU.
-
-    Raises: ProtocolError: it is none, or has another shape.
-    """
-    if not check_tensor(name, tensor, torch.float32, shape).is_contiguous():
-        raise ProtocolError(f"{name} are not contiguous, native kernels read no others. Copy them")
-    return tensor.data_ptr()
-
-
-def _optional(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int | None:
-    return None if tensor is None else _address(name, tensor, shape)
 
 
 def _prepare_attention(
@@ -507,11 +386,11 @@ def _prepare_attention(
     struct = AttentionStruct(
         qkv=qkv.struct,
         output=output.struct,
-        norm=_address("a norm", share.norm, (config.width,)),
-        qkv_bias=_optional("a bias", share.qkv_bias, (rows,)),
-        output_bias=_optional("a bias", share.output_bias, (config.width,)),
-        q_norm=_optional("a norm", share.q_norm, (width,)),
-        k_norm=_optional("a norm", share.k_norm, (width,)),
+        norm=address_of("a norm", share.norm, (config.width,)),
+        qkv_bias=optional_address("a bias", share.qkv_bias, (rows,)),
+        output_bias=optional_address("a bias", share.output_bias, (config.width,)),
+        q_norm=optional_address("a norm", share.q_norm, (width,)),
+        k_norm=optional_address("a norm", share.k_norm, (width,)),
         first_heads=heads_array,
         num_heads=share.num_heads,
         num_kv_heads=share.num_kv_heads,
@@ -538,7 +417,7 @@ def _prepare_attention(
         weight_bytes=weight_bytes,
         cached_bytes=cached_bytes,
         reach=view.reach,
-        takes_prompts=qkv.takes_prompts and output.takes_prompts,
+        most_prompt_tokens=min(qkv.most_prompt_tokens, output.most_prompt_tokens),
         held=held,
     )
 
@@ -555,7 +434,7 @@ def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
     struct = MlpStruct(
         gate_up=gate_up.struct,
         down=down.struct,
-        norm=_address("a norm", share.norm, (config.width,)),
+        norm=address_of("a norm", share.norm, (config.width,)),
         activation=_ACTIVATIONS[config.activation],
         norm_epsilon=config.norm_epsilon,
     )
@@ -569,7 +448,7 @@ def _prepare_mlp(share: MlpShare, config: ModelConfig) -> NativeRow | None:
         weight_bytes=weight_bytes,
         cached_bytes=0,
         reach=0,
-        takes_prompts=gate_up.takes_prompts and down.takes_prompts,
+        most_prompt_tokens=min(gate_up.most_prompt_tokens, down.most_prompt_tokens),
         held=(share,),
     )
 
@@ -581,7 +460,7 @@ def _prepare_head(share: HeadShare, config: ModelConfig) -> NativeHead | None:
     _check_matrix("head", matrix, (matrix.shape[0], config.width))
     struct = HeadStruct(
         matrix=matrix.struct,
-        norm=_address("a norm", share.norm, (config.width,)),
+        norm=address_of("a norm", share.norm, (config.width,)),
         norm_epsilon=config.norm_epsilon,
         softcap=config.logit_softcap,
     )

@@ -7,6 +7,7 @@ through torch, a few dequantised rows at a time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from ctypes import byref, pointer
 from typing import Any
@@ -37,20 +38,25 @@ from engine.model.batch import StepKind
 
 PANEL_ROWS = 16
 # Tokens that a product takes at a time: their activations then stay in the cache of a core, and a
-# longer prompt needs no more memory. From 32 to 256 are equally fast.
+# longer prompt needs no more memory.
 PASS_TOKENS = 128
 # Instruction sets whose integer products were measured to be faster for prompts than torch's. Others
 # have none, or never ran outside an emulator.
 _PROMPT_SETS = ("avx512vnni", "avx2")
+# To dequantise weights alone takes as long as to multiply so many tokens by them (measured with
+# benchmarks/products.py), however fast the product is that follows.
+_SHORT_PROMPT = 64
 
 
-def takes_prompts(library: NativeLibrary) -> bool:
-    """Whether integer products of prompts are fast here, beside torch's of dequantised weights.
+def most_prompt_tokens(library: NativeLibrary) -> int:
+    """Tokens of prompts up to which integer products are fastest here.
 
-    Units that multiply whole tiles of bfloat16 are several times faster than either.
+    Then torch's of dequantised weights are, with units that multiply whole tiles of bfloat16.
     """
+    if library.selected_name not in _PROMPT_SETS:
+        return 0
     probes: Any = torch.cpu
-    return library.selected_name in _PROMPT_SETS and not probes._is_amx_tile_supported()
+    return _SHORT_PROMPT if probes._is_amx_tile_supported() else sys.maxsize
 
 
 class NativeMatrix:
@@ -61,7 +67,7 @@ class NativeMatrix:
         format_code: INT4, SYMMETRIC_INT4, INT8 or BFLOAT16.
         struct: what C functions take, as a pointer; valid as long as this object lives.
         shape: rows and columns.
-        takes_prompts: whether these kernels multiply prompts too.
+        most_prompt_tokens: up to which these kernels multiply prompts, too.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class NativeMatrix:
         self.library = library
         self.format_code = format_code
         self.shape = shape
-        self.takes_prompts = format_code != BFLOAT16 and takes_prompts(library)
+        self.most_prompt_tokens = 0 if format_code == BFLOAT16 else most_prompt_tokens(library)
         struct = MatrixStruct(format_code, rows, columns, block, groups, None)
         self._panels = torch.empty(library.packed_bytes(byref(struct)), dtype=torch.uint8)
         struct.panels = self._panels.data_ptr()
@@ -126,7 +132,7 @@ class NativeMatrix:
         output = x.new_empty(x.shape[0], rows)
         if not x.shape[0]:
             return output
-        if kind == "generated" or self.takes_prompts:
+        if kind == "generated" or x.shape[0] <= self.most_prompt_tokens:
             for start in range(0, x.shape[0], PASS_TOKENS):
                 some, out = x[start : start + PASS_TOKENS], output[start : start + PASS_TOKENS]
                 counted = (some.data_ptr(), some.shape[0], out.data_ptr())
@@ -216,6 +222,21 @@ def check_tensor(
         f"{name} are {tensor.dtype} {list(tensor.shape)} on {tensor.device}, native kernels take "
         f"{dtype} {list(shape)} on the CPU. Convert them"
     )
+
+
+def address_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> int:
+    """Of a contiguous float32 tensor on the CPU.
+
+    Raises: ProtocolError: it is none, or has another shape.
+    """
+    if not check_tensor(name, tensor, torch.float32, shape).is_contiguous():
+        raise ProtocolError(f"{name} are not contiguous, native kernels read no others. Copy them")
+    return tensor.data_ptr()
+
+
+def optional_address(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int | None:
+    """The same; None where there is no tensor."""
+    return None if tensor is None else address_of(name, tensor, shape)
 
 
 def _quants_of(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engine.kernels import native_kernels
 from engine.kernels.matrices import Matrix
-from engine.kernels.native_kernels import NativeBatch, NativeHead, NativeRow, NativeRows
+from engine.kernels.native_batch import NativeBatch
+from engine.kernels.native_kernels import NativeHead, NativeRow, NativeRows
 from engine.kernels.native_matrices import NativeMatrix
 from engine.kernels.torch_kernels import (
     AttentionShare,
@@ -180,7 +181,7 @@ class ModelShard:
         """This device's partial sum of an attention or mlp row."""
         native, share = self._native, self._shares[row]
         if isinstance(batch, NativeBatch) and native is not None and row in native:
-            if native.takes(row, batch.kind):
+            if native.takes(row, batch):
                 return native.part(row, x.contiguous(), batch)
             if isinstance(share, AttentionShare):
                 epsilon = self.config.norm_epsilon
@@ -205,7 +206,7 @@ class ModelShard:
             logits, where they came with them.
         """
         native = self._native
-        if isinstance(batch, NativeBatch) and native and native.takes(first_row, batch.kind):
+        if isinstance(batch, NativeBatch) and native and native.takes(first_row, batch):
             head = self._native_head if end_row == self.plan.shape.head_row else None
             return native.advance(first_row, end_row, x.contiguous(), batch, head, logit_rows)
         x = self.add(first_row, x, self.part(first_row, x, batch))

@@ -1,4 +1,4 @@
-// One row of a packed group as float32, for prompts, whose products want weights of that kind.
+// One row of a packed group as float32, for who wants it so: torch's products of prompts, embeddings.
 //
 // In: a group of a panel. Out: its 32 values in one row, exact but for one rounding of the minimum's
 // addition; every version gives the same bits. Compilers make no vectors of so short loops over

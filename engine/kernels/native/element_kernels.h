@@ -141,26 +141,23 @@ static inline void quantize_rest(const float *values, float scale, const Groups 
     write_group(rest, scale / kFinerSteps, (int32_t)Isa::sum(sums));
 }
 
-// The values of a group, the last of a block padded with zeros.
-struct GroupValues {
-    float padded[kGroup];
-    const float *values;
-
-    GroupValues(const float *x, int64_t block, int64_t block_index, int64_t group_index) {
-        int64_t left = block - group_index * kGroup;
-        values = x + block_index * block + group_index * kGroup;
-        if (left >= kGroup) return;
-        memset(padded, 0, sizeof padded);
-        memcpy(padded, values, (size_t)left * sizeof(float));
-        values = padded;
-    }
-};
+// The values of a group of a block, of which the last is padded with zeros in memory of the caller's.
+static inline const float *group_values(const float *x, int64_t block, int64_t b, int64_t i,
+                                        float *padded) {
+    const float *values = x + b * block + i * kGroup;
+    int64_t left = block - i * kGroup;
+    if (left >= kGroup) return values;
+    memset(padded, 0, kGroup * sizeof(float));
+    memcpy(padded, values, (size_t)left * sizeof(float));
+    return padded;
+}
 
 template <class Isa>
 static void quantize(const Activations &activations, int64_t token, const shardmix_matrix &matrix,
                      int64_t first_group, int64_t end_group) {
     int64_t block = matrix.block, per_block = groups_of_block(block);
     int64_t stride = activations.num_tokens;
+    float padded[kGroup];
     const float *x = activations.values + token * matrix.num_columns;
     const Groups groups = activations.groups, rests = activations.rests;
     uint8_t *has_rest = activations.has_rest + token * padded_groups(matrix.num_groups);
@@ -168,17 +165,17 @@ static void quantize(const Activations &activations, int64_t token, const shardm
     // Two passes: a branch that cannot be foreseen would hold up the groups after it.
     int64_t b = first_block, i = in_block;
     for (int64_t g = first_group; g < end_group; ++g) {
-        GroupValues group(x, block, b, i);
-        float squares = quantize_group<Isa>(group.values, groups.at(g * stride + token));
+        const float *values = group_values(x, block, b, i, padded);
+        float squares = quantize_group<Isa>(values, groups_at(groups, g * stride + token));
         has_rest[g] = squares < kUnevenSquares;
         if (++i == per_block) i = 0, ++b;
     }
     b = first_block, i = in_block;
     for (int64_t g = first_group; g < end_group; ++g) {
         if (has_rest[g]) {
+            const float *values = group_values(x, block, b, i, padded);
             int64_t at = g * stride + token;
-            GroupValues group(x, block, b, i);
-            quantize_rest<Isa>(group.values, groups.scales[at], rests.at(at));
+            quantize_rest<Isa>(values, groups.scales[at], groups_at(rests, at));
         }
         if (++i == per_block) i = 0, ++b;
     }

@@ -18,17 +18,18 @@ constexpr int64_t kPanelRows = 16;   // rows that are interleaved
 constexpr int64_t kChunk = 256;      // positions that one attention unit covers
 
 // Groups of values as 8-bit numbers, those of all tokens next to each other, so that a product finds
-// them at constant distances. Pointers may be to those of one token.
+// them at constant distances. Pointers may be to one of them.
 struct Groups {
     int8_t *quants;      // [G, T, 32]
     float *scales;       // [G, T]
     float *scaled_sums;  // [G, T], scale times sum of the quants
     int32_t *sums;       // [G, T], sum of the quants
-
-    Groups at(int64_t n) const {
-        return {quants + n * kGroup, scales + n, scaled_sums + n, sums + n};
-    }
 };
+
+// No member function: it would have one body for all files that are compiled for different machines.
+static inline Groups groups_at(const Groups &groups, int64_t n) {
+    return {groups.quants + n * kGroup, groups.scales + n, groups.scaled_sums + n, groups.sums + n};
+}
 
 // Tokens prepared for a matrix. For int4 and int8: quantised; for bfloat16: as they are.
 //
@@ -105,7 +106,7 @@ struct KernelTable {
                        bool is_bfloat16, void *out);
     // A null weight counts as ones.
     void (*rms_norm)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
-    // Groups [first, end) of a token's values, blocks of so many columns padded to whole groups.
+    // Groups [first, end) of a token's values, which are padded to whole groups block by block.
     void (*quantize)(const Activations &activations, int64_t token, const shardmix_matrix &matrix,
                      int64_t first_group, int64_t end_group);
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);

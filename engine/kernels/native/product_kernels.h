@@ -133,7 +133,7 @@ static inline int64_t find_rests(const uint8_t *has_rest, int64_t first, int64_t
     return count;
 }
 
-// A product by groups, by what `Groups` says of one.
+// A product by groups, by what `Product` does with one.
 template <class Isa, class Product>
 struct GroupedProduct {
     using Group = typename Product::Group;
@@ -146,7 +146,7 @@ struct GroupedProduct {
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
             Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
-            Product::add_group(groups[g], x.groups.at(g * x.num_tokens + token), lane, tile);
+            Product::add_group(groups[g], groups_at(x.groups, g * x.num_tokens + token), lane, tile);
         }
     }
 
@@ -160,32 +160,37 @@ struct GroupedProduct {
         rests.clear();
         for (int64_t g = 0; g < num_groups; ++g) {
             Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
-            Product::add_group(groups[g], x.groups.at(g), 0, tile);
-            if (x.has_rest[g]) Product::add_group(groups[g], x.rests.at(g), 0, rests);
+            Product::add_group(groups[g], groups_at(x.groups, g), 0, tile);
+            if (x.has_rest[g]) Product::add_group(groups[g], groups_at(x.rests, g), 0, rests);
         }
         for (int v = 0; v < VECTORS; ++v)
             tile.totals[0][v] = Isa::add(tile.totals[0][v], rests.totals[0][v]);
     }
 
-    // What the rests of groups add to the rows of panels.
+    // What the rests of groups add to the rows of panels; as `add_alone` does, all of them at once.
     static void add_rests(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
                           int64_t end_panel, float *out) {
         constexpr int64_t kMost = 1024;  // groups that are looked at together
+        int64_t num_groups = matrix.num_groups, found[kMost], count = 0;
         for (int64_t token = 0; token < x.num_tokens; ++token) {
-            const uint8_t *has_rest = x.has_rest + token * padded_groups(matrix.num_groups);
-            for (int64_t first = 0; first < matrix.num_groups; first += kMost) {
-                int64_t left = matrix.num_groups - first, found[kMost];
-                int64_t count = find_rests(has_rest, first, first + (left < kMost ? left : kMost), found);
-                for (int64_t p = first_panel; count && p < end_panel; ++p) {
-                    const Group *groups = (const Group *)panel_at(matrix, p);
-                    Tile<Isa, 1, kPanelRows / Isa::kLanes> tile;
-                    tile.clear();
+            const uint8_t *has_rest = x.has_rest + token * padded_groups(num_groups);
+            for (int64_t p = first_panel; p < end_panel; ++p) {
+                const Group *groups = (const Group *)panel_at(matrix, p);
+                Tile<Isa, 1, kPanelRows / Isa::kLanes> tile;
+                tile.clear();
+                bool is_any = false;
+                for (int64_t first = 0; first < num_groups; first += kMost) {
+                    int64_t end = first + kMost < num_groups ? first + kMost : num_groups;
+                    if (p == first_panel || num_groups > kMost)
+                        count = find_rests(has_rest, first, end, found);
                     for (int64_t i = 0; i < count; ++i) {
-                        Groups rest = x.rests.at(found[i] * x.num_tokens + token);
+                        Groups rest = groups_at(x.rests, found[i] * x.num_tokens + token);
                         Product::add_group(groups[found[i]], rest, 0, tile);
                     }
-                    tile.add(out, matrix.num_rows, token, p * kPanelRows);
+                    is_any |= count > 0;
                 }
+                if (!is_any) break;
+                tile.add(out, matrix.num_rows, token, p * kPanelRows);
             }
         }
     }

@@ -105,8 +105,8 @@ static inline void multiply_panels(const shardmix_matrix &matrix, const Prepared
     kernels().multiply(matrix, tokens.view(), first, end, out, next);
 }
 
-// Each token once, those of a line of the cache by one thread: what is prepared of neighbours lies side
-// by side.
+// Each token once, and of many about as many as a line of the cache holds by one thread: what is
+// prepared of neighbours lies side by side.
 template <class Unit>
 static inline void share_tokens(ThreadTeam &team, Phase &phase, int64_t num_tokens, Unit unit) {
     constexpr int64_t kLineTokens = 64 / sizeof(float);

@@ -8,8 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.kernels.matrices import has_bfloat16_units
 from engine.kernels.native_library import NativeLibrary
-from engine.kernels.native_matrices import PASS_TOKENS, NativeMatrix, repack, takes_prompts
+from engine.kernels.native_matrices import (
+    PASS_TOKENS,
+    NativeMatrix,
+    most_prompt_tokens,
+    repack,
+)
 from tests.engine.kernels.native_arithmetic import FORMATS, exact_values, product, random_matrix
 
 SHAPES = {
@@ -129,7 +135,7 @@ def test_prompts_multiply_by_the_same_weights_through_torch(
     """In pieces: the matrix is larger than the scratch buffer."""
     library.use("portable")
     matrix, native = packed(library, format, 700, 2, 480, 3)
-    assert not native.takes_prompts
+    assert not native.most_prompt_tokens
     x = torch.randn(5, 960, generator=torch.Generator().manual_seed(4))
     found = native.multiply(x, "prompt").double().numpy()
     exact = x.double().numpy() @ exact_values(matrix).T  # type: ignore[arg-type]
@@ -149,9 +155,17 @@ def test_prompts_multiply_like_generated_tokens_where_that_is_fast(
         _, native = packed(library, format, 40, 2, 96, 3)
         alone = torch.cat([native.multiply(x[n : n + 1], "generated") for n in range(len(x))])
         assert torch.equal(native.multiply(x, "generated"), alone)
-        assert native.takes_prompts == (format != "bfloat16" and takes_prompts(library))
-        if native.takes_prompts:
-            assert torch.equal(native.multiply(x, "prompt"), alone)
+        assert native.most_prompt_tokens == (format != "bfloat16") * most_prompt_tokens(library)
+        some = x[: native.most_prompt_tokens]
+        assert torch.equal(native.multiply(some, "prompt"), alone[: len(some)])
+        native.most_prompt_tokens = 16 * (format != "bfloat16")
+        longer = native.multiply(x[:17], "prompt")
+        rows = native.dequantize(0, 40)
+        nearest = torch.bfloat16 if has_bfloat16_units("cpu") else torch.float32
+        expected = x[:17].to(nearest).float() @ rows.to(nearest).float().T
+        assert (longer - expected).abs().max() <= 0.01 * expected.abs().max()
+        if format != "bfloat16":
+            assert torch.equal(native.multiply(x[:16], "prompt"), alone[:16])
 
 
 @shared

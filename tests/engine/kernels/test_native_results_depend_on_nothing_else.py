@@ -12,6 +12,7 @@ from engine.kernels import native_kernels
 from engine.kernels.native_kernels import NativeRow, NativeRows
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_matrices import NativeMatrix, repack
+from engine.model.batch import StepKind
 from engine.model.config import Layer, ModelConfig, Rope
 from engine.model.kv_cache import KVCache
 from engine.model.norm import rms_norm
@@ -56,6 +57,18 @@ def test_a_product_is_the_same_in_every_batch_and_on_every_number_of_threads(
         library.set_num_threads(threads)
         for start, end in [(0, 23), (1, 9), (3, 7), (5, 6), (20, 23)]:
             assert torch.equal(native.multiply(x[start:end], "generated"), alone[start:end])
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_a_product_of_very_many_groups_is_the_same_in_every_batch(library: NativeLibrary) -> None:
+    """Nearly all of them rounded twice, more than are looked at together."""
+    columns = 2 * 1030
+    native = repack(random_matrix("int4", 35, columns, 2, 1), library)
+    assert isinstance(native, NativeMatrix)
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(2))
+    x[:, ::2] *= 9.0
+    alone = torch.cat([native.multiply(x[n : n + 1], "generated") for n in range(len(x))])
+    assert torch.equal(native.multiply(x, "generated"), alone)
 
 
 def _attend(
@@ -178,9 +191,10 @@ def test_the_mlp_is_the_same_in_every_batch_and_on_every_number_of_threads(
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", ["generated", "prompt"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_in_one_call_give_what_they_give_one_by_one(
-    library: NativeLibrary, format: str
+    library: NativeLibrary, format: str, kind: StepKind
 ) -> None:
     """Biases, norms of sums, columns that fill whole groups and others, contexts of many parts."""
     config = config_of(
@@ -194,6 +208,7 @@ def test_rows_in_one_call_give_what_they_give_one_by_one(
     ]
     shares = [case.native(library) for case in cases]
     shares[2] = replace(shares[2], layer=1)
+    _take_prompts(shares, 650)
     # Torch's norm differs in its last bits, which may send a rounded activation to another step.
     is_exact = format != "bfloat16"
     norms = {} if is_exact else {0: torch.rand(64) + 0.5, 3: torch.rand(64) + 0.5}
@@ -205,7 +220,7 @@ def test_rows_in_one_call_give_what_they_give_one_by_one(
         for slot, first, count in step:
             for cache in caches:
                 cache.extend(slot, first, count)
-        batches = [held.batch(cases[0].batch(*step)) for held in rows]
+        batches = [held.batch(cases[0].batch(*step, kind=kind)) for held in rows]
         stream = x[: sum(count for _, _, count in step)]
         library.set_num_threads(1)
         expected = stream
@@ -225,6 +240,50 @@ def test_rows_in_one_call_give_what_they_give_one_by_one(
         without, end, logits = rows[1].advance(1, 2, stream, batches[1])
         assert (end, logits) == (2, None)
         assert torch.equal(without, stream + rows[0].part(1, stream, batches[0]))
+
+
+@pytest.mark.parametrize("most", [20, 128])
+def test_a_prompt_goes_on_natively_as_far_as_its_rows_take_it(
+    library: NativeLibrary, most: int
+) -> None:
+    """The second attention's matrices take as many tokens, the MLP before it none."""
+    config = config_of(width=64, layers=(Layer(mlp_width=64), Layer(mlp_width=75)))
+    cases = [
+        attention_case(config, "int4"),
+        mlp_case(config, "bfloat16", 64),
+        attention_case(config, "int4", seed=5),
+    ]
+    shares = [case.native(library) for case in cases]
+    shares[2] = replace(shares[2], layer=1)
+    _take_prompts([shares[0], shares[2]], most)
+    cache = KVCache(config, {0: 2, 1: 2}, WINDOW, "float16", CPU)
+    rows = _join(shares, {}, config, cache)
+    for first, count, kind in (
+        (0, most, "prompt"),
+        (most, most + 1, "prompt"),
+        (0, 30, "generated"),
+    ):
+        slot = int(kind == "generated")
+        cache.extend(slot, first, count)
+        batch = rows.batch(cases[0].batch((slot, first, count), kind=kind))
+        takes = [rows.takes(row, batch) for row in range(3)]
+        is_short = kind == "prompt" and count <= most
+        assert takes == ([True, False, True] if is_short else [kind == "generated"] * 3)
+        if not takes[0]:
+            continue
+        x = random_stream(config, count, first)
+        found, end, logits = rows.advance(0, 3, x, batch)
+        assert (end, logits) == (1 if is_short else 3, None)
+        if is_short:
+            assert torch.equal(found, x + rows.part(0, x, batch))
+
+
+def _take_prompts(shares: list[Any], most: int) -> None:
+    """Let shares multiply so many tokens of prompts, whatever is fastest on this machine."""
+    for share in shares:
+        dense = getattr(share, "dense", None)
+        for matrix in (dense.gate_up, dense.down) if dense else (share.qkv, share.output):
+            matrix.most_prompt_tokens = most
 
 
 def _join(

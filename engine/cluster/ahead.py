@@ -32,6 +32,9 @@ MOST_SECONDS = 0.05
 LEAST_CHANCE = 0.6
 # Of so many guesses one is only watched.
 LOOK_EVERY = 32
+# Inputs that have to be the rows guessed for them, to the bit, before other rows are trusted to be: a
+# head that was rounded again has none that is.
+LEAST_SAME = 3
 # How much the guesses before count with each new one.
 _KEPT = 0.98
 
@@ -100,6 +103,7 @@ class Ahead:
         self._computed: Computed | None = None
         self._worth = Worth()
         self._answered_ns = 0
+        self._num_same = 0  # inputs that were their guessed rows
 
     @property
     def is_done(self) -> bool:
@@ -118,16 +122,40 @@ class Ahead:
             self._rows = self._shard.tied_rows(likeliest)
             self._batch = batch
 
+    def follow(self, batch: Batch, likeliest: Sequence[int]) -> Computed | None:
+        """Compute the step after one, if it can be undone.
+
+        Args:
+            batch: computed last.
+            likeliest: the token of each of its segments.
+        Returns: None where the step cannot be computed, or its inputs are not certain to be those
+            that would come; which changes nothing.
+        """
+        if self._num_same < LEAST_SAME:
+            return None
+        following = self._shard.prepare_next(batch)
+        if following is None:
+            return None
+        with contextlib.suppress(*_FAILURES):
+            rows = self._shard.tied_rows(likeliest)
+            return None if rows is None else self._computed_step(following, rows)
+        return None
+
     def compute(self, last_ns: int) -> None:
         """Compute the step that was guessed, if that is worth it and can be undone.
 
         Args: last_ns: what the last one took.
         """
-        batch, rows, shard = self._batch, self._rows, self._shard
+        batch, rows = self._batch, self._rows
         if batch is None or rows is None or not self._worth.expects_gain(last_ns / 1e9):
             return
+        self._computed = self._computed_step(batch, rows)
+
+    def _computed_step(self, batch: Batch, rows: torch.Tensor) -> Computed | None:
+        """A step of these inputs; None where it cannot be undone or fails, which changes nothing."""
+        shard = self._shard
         if not shard.cache.can_take_back(batch.segments):
-            return
+            return None
         started = time.perf_counter_ns()
         row, head_row, x, logits = 0, shard.plan.shape.head_row, rows, None
         try:
@@ -138,8 +166,8 @@ class Ahead:
                 logits = shard.logits(x)
         except _FAILURES:
             shard.cut_back(batch)
-            return
-        self._computed = Computed(batch, logits, time.perf_counter_ns() - started)
+            return None
+        return Computed(batch, logits, time.perf_counter_ns() - started)
 
     def hear(self, step: m.Step, tensors: Sequence[m.Array]) -> None:
         """Compare the next step with what was guessed, before its slots are changed."""
@@ -158,6 +186,7 @@ class Ahead:
             if self._computed is None:
                 self._worth.note_pause((time.perf_counter_ns() - self._answered_ns) / 1e9)
             self._worth.note_guess(is_right=is_right)
+            self._num_same += is_right and bool(rows.any())
         if not is_right and (computed := self.take()) is not None:
             self._shard.cut_back(computed.batch)
 

@@ -19,7 +19,7 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 # Full logits of one step; the short form has a step compute as many.
 MAX_LOGITS_BYTES = 128 << 20
 # Raw logits in the short form of an answer, per position and vocabulary shard.
@@ -409,6 +409,11 @@ class Step(Message, frozen=True):
     """One forward pass of a ragged batch.
 
     Tensors: float32 [T, width] input embeddings for devices of the first row, else none.
+
+    Attributes:
+        continued: of a single conversation, tokens after the last one that a device which computes
+            everything may go on with, each the likeliest after the one before. As many positions
+            more are answered, all as the last one was wanted.
     """
 
     epoch: Count
@@ -417,6 +422,7 @@ class Step(Message, frozen=True):
     segments: tuple[Segment, ...]
     operations: tuple[SlotOperation, ...]
     logits: LogitsWanted
+    continued: Count = 0
 
 
 class StepProgress(Message, frozen=True):

@@ -19,6 +19,7 @@ from engine.cluster.collective import Collective
 from engine.cluster.pieces import Piece, cut_step, num_pieces
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.errors import ProtocolError
+from engine.kernels.native_logits import largest
 from engine.kernels.torch_kernels import Batch
 from engine.model.batch import StepKind
 from engine.model.kv_cache import MAX_SLOTS
@@ -27,6 +28,8 @@ from engine.model.view import LONGEST_STEP
 from engine.plan.plan import Plan
 
 MAX_STEP_TOKENS = 1 << 16
+# Tokens that a step goes on with by itself, at most: they come all at once.
+MOST_CONTINUED = 15
 # A slot needs two at most in one step.
 MAX_OPERATIONS = 2 * MAX_SLOTS
 
@@ -64,6 +67,7 @@ class Stepping:
         is_alone = plan.used_devices() == (index,) and shard.is_native
         self._ahead = Ahead(shard) if is_alone and may_go_ahead else None
         self._likeliest: list[int] = []
+        self._num_together = 1  # steps that the last one was
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
         """The tensors of a StepAnswer.
@@ -71,18 +75,19 @@ class Stepping:
         Raises: ProtocolError: the step breaks a rule.
         """
         self._last_logits = self._last_batch = None
-        self._likeliest = []
+        self._likeliest, self._num_together = [], 1
         if not step.segments:
             return []
         shard, exchange = self.shard, self.exchange
         num_logits = sum([len(s.logit_offsets) for s in step.segments])
         check_wanted(step.logits, num_logits)
-        self._check_answer(num_logits)
+        self._check_answer(num_logits + step.continued)
+        _check_continued(step)
         computed = self._ahead.take() if self._ahead is not None else None
         if computed is not None:  # Its segments and inputs are those of this step.
             self._last_logits, self._last_batch = computed.logits, computed.batch
             exchange.counters.compute_ns += computed.compute_ns
-            return self._answer_tensors(step.logits, computed.logits)
+            return self._go_on(step, computed.logits)
         num_tokens = _check_segments(step)
         x = self._embeddings(tensors, num_tokens)
         shard.cache.check(step.segments)
@@ -116,7 +121,36 @@ class Stepping:
             started = time.perf_counter_ns()
             self._last_logits = shard.logits(heads[0] if len(heads) == 1 else torch.cat(heads))
             exchange.counters.compute_ns += time.perf_counter_ns() - started
-        return self._answer_tensors(step.logits, self._last_logits)
+        return self._go_on(step, self._last_logits)
+
+    def _go_on(self, step: m.Step, logits_NV: torch.Tensor) -> list[m.Array]:
+        """The answer, after as many tokens that follow as the step wants and can be undone."""
+        wanted, batch = step.logits, self._last_batch
+        if not step.continued or self._ahead is None or batch is None:
+            return self._answer_tensors(wanted, logits_NV)
+        found = [logits_NV]
+        while len(found) <= step.continued:
+            _, likeliest = largest(found[-1], 1)
+            computed = self._ahead.follow(batch, [int(token) for token in likeliest[:, 0]])
+            if computed is None:
+                break
+            batch = computed.batch
+            found.append(computed.logits)
+            self.exchange.counters.compute_ns += computed.compute_ns
+        self._last_logits, self._last_batch, self._num_together = (
+            torch.cat(found),
+            batch,
+            len(found),
+        )
+        wanted = m.LogitsWanted(
+            form=wanted.form,
+            ids=wanted.ids * len(found),
+            temperatures=wanted.temperatures * len(found),
+            raw_sums=wanted.raw_sums * len(found),
+        )
+        answer = self._answer_tensors(wanted, self._last_logits)
+        self._likeliest = self._likeliest[-1:]
+        return answer
 
     def hear(self, step: m.Step, tensors: list[m.Array]) -> None:
         """Before the slots of a step are changed: see whether it was guessed."""
@@ -141,7 +175,7 @@ class Stepping:
     def go_ahead(self) -> None:
         """While nobody asks for anything: compute what most likely will be asked for."""
         if self._ahead is not None:
-            self._ahead.compute(self.exchange.counters.compute_ns)
+            self._ahead.compute(self.exchange.counters.compute_ns // self._num_together)
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
         """Free slots, cut them back, and copy their beginnings, before a step computes.
@@ -287,6 +321,21 @@ def to_tensor(array: m.Array, device: torch.device) -> torch.Tensor:
     writable = array if array.flags.writeable else np.array(array, dtype=np.float32)
     tensor = torch.as_tensor(writable)
     return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def _check_continued(step: m.Step) -> None:
+    """Refuse to go on with what is not the last token of one conversation."""
+    if not step.continued:
+        return
+    segments = step.segments
+    is_one_token = len(segments) == 1 and segments[0].token_count == 1
+    if step.kind == "prompt" or step.logits.form == "full" or not is_one_token:
+        raise ProtocolError("only a step of one generated token can be gone on with")
+    if step.continued > MOST_CONTINUED or not segments[0].logit_offsets:
+        raise ProtocolError(
+            f"a step is to be gone on with for {step.continued:,} tokens, at most {MOST_CONTINUED} "
+            "that have logits fit"
+        )
 
 
 def _check_segments(step: m.Step) -> int:

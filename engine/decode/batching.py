@@ -24,6 +24,10 @@ from engine.model.batch import Segment, StepKind
 MOST_DRAFTED = 64
 # Ids whose logits are asked for besides, of all guessed positions together: they share a header.
 MOST_ASKED_IDS = 100_000
+# Tokens that are computed and shown together, and for how long at most: words then still flow. A step
+# costs the computer about a millisecond besides, whatever it computes.
+MOST_TOGETHER = 8
+TOGETHER_SECONDS = 0.025
 
 
 @dataclass(slots=True)
@@ -35,6 +39,9 @@ class Work:
         guess: what may follow them, to be compared with what does.
         passed_over: another guess, which is compared but not verified.
         num_drafted: of the guess, how many tokens the step verifies.
+        num_continued: tokens that the device may go on with by itself.
+        continued: those with which it did.
+        num_right: of drafted or continued tokens, those that were chosen.
         changes: of the logits, for each position that a token is chosen from.
     """
 
@@ -43,6 +50,9 @@ class Work:
     guess: Draft = field(default_factory=lambda: Draft([], 0))
     passed_over: Draft = field(default_factory=lambda: Draft([], 0))
     num_drafted: int = 0
+    num_continued: int = 0
+    continued: list[int] = field(default_factory=list[int])
+    num_right: int = 0
     changes: list[LogitChanges] = field(default_factory=list[LogitChanges])
 
     @property
@@ -153,13 +163,34 @@ def choose_guesses(works: Seq[Work], times: StepTimes, vocab_size: int) -> None:
         work.num_drafted = length
 
 
+def choose_continued(works: Seq[Work], step_seconds: float | None) -> None:
+    """Let a device that computes everything go on with an answer whose choices it can foresee.
+
+    Args: step_seconds: of a token; None where that is not known.
+    """
+    if len(works) != 1 or works[0].num_drafted or works[0].count != 1 or not step_seconds:
+        return
+    together = min(MOST_TOGETHER, int(TOGETHER_SECONDS / step_seconds))
+    works[0].num_continued = min(works[0].sequence.most_continued, max(0, together - 1))
+
+
+def take_continued(works: Seq[Work], top_ids: Seq[int]) -> None:
+    """Take note of tokens that a device went on with.
+
+    Args: top_ids: the likeliest of each position that was answered.
+    """
+    work = works[0]
+    work.continued = list(top_ids[:-1])
+    work.changes = work.changes * len(top_ids)
+
+
 def take_back(works: Seq[Work]) -> list[SlotOperation]:
     """Let a step that failed be as if it had not been: some devices may have computed it.
 
     Returns: what cuts its tokens off again where they are.
     """
     for work in works:
-        work.sequence.advance(0, work.count + work.num_drafted)
+        work.sequence.advance(0, work.count + work.num_drafted + work.num_continued)
     return [
         SlotOperation(action="truncate", slot=work.sequence.slot, length=work.sequence.num_computed)
         for work in works

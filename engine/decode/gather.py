@@ -38,6 +38,22 @@ def gather_candidates(
     return [merge_shards(s) for s in shards]
 
 
+def likeliest_ids(plan: Plan, answers: Sequence[DeviceAnswer], most: int) -> list[int]:
+    """The first token of every position that the only device of a plan answered.
+
+    Args: most: positions, at least one.
+    Raises: ProtocolError: it answered with something else, or with more than that.
+    """
+    index = plan.group(plan.shape.head_row)[0]
+    ids = _tensors_of(plan, index, answers, 5)[0]
+    if ids.ndim != 2 or not 1 <= len(ids) <= most or not ids.shape[1] or ids.dtype != np.int64:
+        raise ProtocolError(
+            f"{plan.devices[index]} answered with ids {ids.dtype} {list(ids.shape)}, int64 of 1 to "
+            f"{most} positions are expected"
+        )
+    return ids[:, 0].tolist()
+
+
 def join_full_logits(plan: Plan, answers: Sequence[DeviceAnswer], count: int) -> m.Array:
     """All logits, float32 [count, vocab_size].
 

@@ -28,6 +28,7 @@ from engine.cluster.coordinator import (
 from engine.cluster.runner_links import RunnerAddress
 from engine.decode.batching import (
     Work,
+    choose_continued,
     choose_guesses,
     find_changes,
     generated_works,
@@ -36,9 +37,10 @@ from engine.decode.batching import (
     prompt_works,
     step_kind,
     take_back,
+    take_continued,
 )
 from engine.decode.draft_model import DraftModel, DraftPlan
-from engine.decode.gather import gather_candidates, join_full_logits
+from engine.decode.gather import gather_candidates, join_full_logits, likeliest_ids
 from engine.decode.listener import EmbeddingSource, Listener
 from engine.decode.pace import Pace
 from engine.decode.sequence import Sequence
@@ -354,6 +356,8 @@ class Scheduler:
                 lambda: self._should_end or bool(self._cancelled),
             )
             choose_guesses(works, self._step_times, vocab_size)
+            if len(self._load.plan.used_devices()) == 1 and not self._waiting:
+                choose_continued(works, self._step_times.predict(1))
         if works or self._operations:
             self._step(kind, works)
         self._pace.report(self._listener)
@@ -404,6 +408,7 @@ class Scheduler:
             segments=tuple(work.segment() for work in works),
             operations=tuple(self._operations),
             logits=logits_wanted(works, "full" if is_full else "top"),
+            continued=sum(work.num_continued for work in works),
         )
         self._operations = []
         rows = input_rows(works, embeddings) if works else None
@@ -441,7 +446,6 @@ class Scheduler:
             return
         self._apart = self._apart[1:]
         self._tell_links(load.plan, answers)
-        num_right = -sum(work.sequence.num_accepted for work in works)
         for work in works:
             if not work.changes:
                 work.sequence.advance(work.count)
@@ -450,16 +454,18 @@ class Scheduler:
         else:
             self._take_tokens(works, answers)
         seconds = time.perf_counter() - started
-        num_tokens = sum(segment.token_count for segment in step.segments)
-        num_right += sum(work.sequence.num_accepted for work in works)
-        num_wasted = sum(work.num_drafted for work in works) - num_right
+        num_continued = sum(len(work.continued) for work in works)
+        num_tokens = sum(segment.token_count for segment in step.segments) + num_continued
+        num_wasted = sum(w.num_drafted + len(w.continued) - w.num_right for w in works)
         totals = [work.sequence.totals for work in works]
         whole_seconds = seconds + self._drafting_seconds
         self._pace.measure(kind, num_tokens, num_wasted, whole_seconds, load.plan, answers, totals)
-        self._draft_model.note_big_step(seconds)
+        # Tokens that a device went on with were steps of their own.
+        num_steps = 1 + num_continued
+        self._draft_model.note_big_step(seconds / num_steps)
         # What is computed again after a fault says nothing of the next step.
         if works and kind == "generated" and all(work.count == 1 for work in works):
-            self._step_times.note(num_tokens, seconds)
+            self._step_times.note(num_tokens // num_steps, seconds / num_steps)
         for work in works:
             sequence = work.sequence
             if kind == "prompt":
@@ -514,6 +520,8 @@ class Scheduler:
         assert self._load is not None
         plan = self._load.plan
         wanted = [work for work in works if work.changes]
+        if any(work.num_continued for work in wanted):
+            take_continued(wanted, likeliest_ids(plan, answers, 1 + wanted[0].num_continued))
         asked = [changes.ids.tolist() for work in wanted for changes in work.changes]
         candidates = gather_candidates(plan, answers, asked) if wanted else []
         full: list[m.Array] = []

@@ -175,6 +175,17 @@ class Sequence:
         # The step chooses one token more than it verifies.
         return max(0, min(MAX_DRAFT, self.max_tokens - self.num_generated - 1))
 
+    @property
+    def most_continued(self) -> int:
+        """Tokens after the next one from the cache that are certain to be the likeliest ones.
+
+        0 while tokens are replayed, and where chance or the request changes what is chosen.
+        """
+        is_replaying = self.num_computed + 1 < len(self.ids)
+        if is_replaying or self.settings.temperature or self.most_changes(MAX_DRAFT):
+            return 0
+        return max(0, self.max_tokens - self.num_generated - 1)
+
     def draft(self) -> Draft:
         """A guess of prompt lookup; may be empty."""
         limit = self.most_drafted

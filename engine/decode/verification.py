@@ -1,8 +1,8 @@
 """From the logits of a step to tokens of an answer: the next one, and guesses that came true.
 
-In: a work and what its logits say. Out: tokens, taken by its sequence. A guessed token is taken only
-where it is what the sampler chooses with that position's logits and noise, so the answer is the one
-that single steps give.
+In: a work and what its logits say. Out: tokens, taken by its sequence. A guessed token, or one that a
+device went on with, is taken only where it is what the sampler chooses with that position's logits and
+noise, so the answer is the one that single steps give.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def take_tokens(
     Raises: EngineError: the logits are not numbers, or the full ones cannot be had.
     """
     sequence, drafted = work.sequence, work.drafted
+    expected = drafted or work.continued
     before = len(sequence.ids)
     for n, changes in enumerate(work.changes):
         token = sequence.choose(candidates[n], changes)
@@ -40,19 +41,21 @@ def take_tokens(
                 "for this dtype. Try --dtype float32, or another file"
             )
         sequence.accept(token)
-        is_right = n < len(drafted) and token.token_id == drafted[n]
+        is_right = n < len(expected) and token.token_id == expected[n]
         if sequence.finish_reason is not None or not is_right:
             break
     chosen = sequence.ids[before:]
-    num_right = len(chosen) - 1
+    num_right = work.num_right = len(chosen) - 1
     for guess in (work.guess, work.passed_over):
         sequence.acceptance.note(guess.source, guess.ids, chosen)
     if work.guess.source == MODEL_SOURCE:
         sequence.num_model_drafted += len(drafted)
         sequence.num_model_accepted += num_right
-    sequence.count_step(len(drafted), num_right, is_first=before == sequence.num_prompt)
-    sequence.advance(work.count + num_right, len(drafted) - num_right)
-    if num_right == len(drafted):
+    num_accepted = num_right if drafted else 0
+    is_first = before == sequence.num_prompt
+    sequence.count_step(len(drafted), num_accepted, is_first=is_first)
+    sequence.advance(work.count + num_right, len(expected) - num_right)
+    if num_right == len(expected):
         return []
     length = sequence.num_computed
     return [m.SlotOperation(action="truncate", slot=sequence.slot, length=length)]

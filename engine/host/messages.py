@@ -396,7 +396,7 @@ class Finished(Message, frozen=True):
     Attributes:
         reused_tokens: of the prompt, whose keys and values another conversation had computed.
         decode_steps: steps that chose the tokens after the first; fewer than those where guesses
-            came true.
+            came true, or a device went on by itself.
         drafted_tokens, accepted_tokens: guesses that were verified, and that came true.
         model_drafted_tokens, model_accepted_tokens: of them, those of a draft model.
         logprobs: one for each of `token_ids` where the request asked for them, else None.

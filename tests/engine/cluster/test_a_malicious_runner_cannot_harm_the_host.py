@@ -15,11 +15,11 @@ import zmq
 from msgspec.structs import replace
 
 from engine.cluster import messages as m
-from engine.cluster.coordinator import Coordinator, LoadRequest, StepFailed
+from engine.cluster.coordinator import Coordinator, DeviceAnswer, LoadRequest, StepFailed
 from engine.cluster.runner_links import RunnerAddress
 from engine.cluster.security import Gatekeeper, new_key_pair
 from engine.cluster.transport import MAX_MESSAGE_BYTES, Channel, listen
-from engine.decode.gather import gather_candidates, join_full_logits
+from engine.decode.gather import gather_candidates, join_full_logits, likeliest_ids
 from engine.errors import EngineError, PeerRefused, ProtocolError, WorkerLost
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from tests.engine.cluster.runner_under_attack import (
@@ -148,6 +148,11 @@ class Bench:
 
     def step(self, script: Script = honest) -> int:
         """One token; its id."""
+        candidates = gather_candidates(self.plan, self.answers(script), [[]])[0]
+        return int(candidates.ids[np.argmax(candidates.logits)])
+
+    def answers(self, script: Script) -> list[DeviceAnswer]:
+        """What came to a step."""
         self.script = script
         self._step_id += 1
         step = m.Step(
@@ -159,9 +164,7 @@ class Bench:
             logits=m.LogitsWanted(form="top", ids=((),), temperatures=(1.0,), raw_sums=(True,)),
         )
         rows = self._checkpoint.embed(IDS)
-        answers = self.coordinator.step(step, rows, lambda: False, lambda: None)
-        candidates = gather_candidates(self.plan, answers, [[]])[0]
-        return int(candidates.ids[np.argmax(candidates.logits)])
+        return self.coordinator.step(step, rows, lambda: False, lambda: None)
 
     def still_serves(self) -> None:
         """A good plan and step end well."""
@@ -330,6 +333,26 @@ ANSWERS: dict[str, tuple[Script, str]] = {
     "logits of ids nobody asked": (answering(*top(asked=np.zeros(9, np.float32))), "float32"),
     "figures that are no numbers": (answering(*top(), figures=(figures(-1.0),)), "-1.0"),
 }
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.zeros((4, VOCAB_SIZE), np.int64),
+        np.zeros((0, VOCAB_SIZE), np.int64),
+        np.zeros((1, 0), np.int64),
+        np.zeros(1, np.int64),
+        np.zeros((1, VOCAB_SIZE), np.float64),
+    ],
+    ids=["too many", "none", "without ids", "no rows", "another dtype"],
+)
+def test_positions_that_nobody_asked_for_are_refused(bench: Bench, ids: m.Array) -> None:
+    """Of a step that its device may go on with for two tokens."""
+    bench.load()
+    answers = bench.answers(answering(*top(ids=ids)))
+    with pytest.raises(ProtocolError, match=r"node-0/cpu answered with ids .* 1 to 3 positions"):
+        likeliest_ids(bench.plan, answers, 3)
+    bench.still_serves()
 
 
 def test_an_answer_that_does_not_fit_the_step_is_refused(bench: Bench) -> None:

@@ -149,6 +149,7 @@ class RunnerMachine(RuleBasedStateMachine):
         kind=st.sampled_from(["prompt", "generated"]),
         action=st.sampled_from(["free", "truncate", "copy"]),
         source=st.integers(0, 3),
+        continued=st.integers(0, 20),
     )
     def step(
         self,
@@ -160,12 +161,15 @@ class RunnerMachine(RuleBasedStateMachine):
         kind: str,
         action: Any,
         source: int,
+        continued: int,
     ) -> None:
         part = segment(
             slot=slot, first_position=position, token_count=count, logit_offsets=tuple(offsets)
         )
         operation = m.SlotOperation(action=action, slot=slot, length=position, source=source)
-        step = self.attacked.good_step(segments=(part,), operations=(operation,), kind=kind)
+        step = self.attacked.good_step(
+            segments=(part,), operations=(operation,), kind=kind, continued=continued
+        )
         self.attacked.say(step, np.ones((rows, self.checkpoint.config.width), np.float32))
 
     @rule()

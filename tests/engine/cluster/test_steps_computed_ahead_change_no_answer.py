@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.ahead import LOOK_EVERY, MOST_SECONDS, Worth
+from engine.cluster.ahead import LEAST_SAME, LOOK_EVERY, MOST_SECONDS, Worth
 from engine.cluster.lockstep import Lockstep
-from engine.cluster.stepping import Stepping
-from engine.errors import ConfigError
+from engine.cluster.stepping import MOST_CONTINUED, Stepping
+from engine.errors import ConfigError, ProtocolError
 from engine.kernels.build_native import source_hash
 from engine.kernels.native_library import PATH, NativeLibrary
 from engine.model.batch import Segment, StepKind
@@ -35,21 +36,34 @@ WINDOW = 64
 IDS = np.random.default_rng(6).integers(3, 88, LONGEST_STEP).tolist()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    """A model whose head is its embedding, in a file whose blocks are computed with as they are."""
+def tied_checkpoint(folder: Path, kind: gguf.GGMLQuantizationType) -> Path:
+    """A model whose head is its embedding."""
     try:
         NativeLibrary(PATH, source_hash())
     except (OSError, ConfigError) as error:
         pytest.skip(f"only native kernels go ahead: {error}")
-    folder = tmp_path_factory.mktemp("tied")
     sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
     oracle = save_tiny_llama(
         folder / "oracle", tie_word_embeddings=True, max_position_embeddings=8192, **sizes
     )
     path = folder / "tied.gguf"
-    save_tiny_gguf(oracle, path, kind=gguf.GGMLQuantizationType.Q8_0)
-    with open_checkpoint(path) as opened:
+    save_tiny_gguf(oracle, path, kind=kind)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A file whose blocks are computed with as they are."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    with open_checkpoint(tied_checkpoint(tmp_path_factory.mktemp("tied"), kind)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def rounded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A file of another format than what is computed with."""
+    kind = gguf.GGMLQuantizationType.F32
+    with open_checkpoint(tied_checkpoint(tmp_path_factory.mktemp("wide"), kind)) as opened:
         yield opened
 
 
@@ -79,10 +93,12 @@ class Device:
         tokens: dict[int, tuple[int, list[int]]],
         kind: StepKind = "generated",
         operations: tuple[m.SlotOperation, ...] = (),
+        continued: int = 0,
     ) -> list[m.Array]:
         """The answer to a step: for each slot its first position and new tokens."""
         self._step_id += 1
         step = step_of(self._step_id, tokens, kind, operations)
+        step = msgspec.structs.replace(step, continued=continued)
         rows = self._checkpoint.embed([i for _, ids in tokens.values() for i in ids])
         # What the host takes to think: longer than a step of so small a model.
         time.sleep(0.002)
@@ -151,6 +167,27 @@ class Both:
         assert not self._patient.stepping.is_ahead
         self.num_ahead += self._eager.stepping.is_ahead
         return found
+
+    def ask_to_go_on(
+        self, first: int, token: int, continued: int, operations: tuple[m.SlotOperation, ...] = ()
+    ) -> list[int]:
+        """A token of slot 0, and what one device goes on with and the other is asked for.
+
+        Returns: the likeliest after each.
+        """
+        found = self._eager.ask({0: (first, [token])}, "generated", operations, continued)
+        expected = [self._patient.ask({0: (first, [token])}, "generated", operations)]
+        chosen = likeliest(found)
+        for n in range(1, len(chosen)):
+            expected.append(self._patient.ask({0: (first + n, [chosen[n - 1]])}))
+        for ours, theirs in zip(found, zip(*expected, strict=True), strict=True):
+            np.testing.assert_array_equal(ours, np.concatenate(theirs))
+        ours, theirs = self._eager.stepping.full_logits(), self._patient.stepping.full_logits()
+        assert ours is not None and theirs is not None
+        assert len(ours) == len(chosen)
+        np.testing.assert_array_equal(ours[-1:], theirs)
+        self.num_ahead += self._eager.stepping.is_ahead
+        return chosen
 
     def go_on(self, slot: int, first: int, token: int, count: int) -> int:
         """So many greedy tokens of one slot, beginning with `token`; returns the one after them."""
@@ -261,6 +298,77 @@ def test_no_order_of_steps_changes_a_bit(both: Both, seed: int) -> None:
             tokens = {slot: (lengths[slot], [following[slot]]) for slot in tokens}
             kind, operations = "generated", ()
     assert both.num_ahead > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_that_is_gone_on_with_gives_the_answers_of_single_ones(
+    both: Both, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
+    first, operations = 20, ()
+    for _ in range(40):
+        chosen = both.ask_to_go_on(first, token, int(draw.integers(9)), operations)
+        first, operations = first + len(chosen), ()
+        token = chosen[-1]
+        if draw.random() < 0.2:  # Only some of them were wanted.
+            first -= int(draw.integers(len(chosen)))
+            operations = (operation("truncate", 0, length=first),)
+            token = int(draw.integers(3, 89))
+        elif draw.random() < 0.1:
+            token = int(draw.integers(3, 89))
+    assert first > 100
+    assert both.num_ahead > 0
+
+
+def test_a_step_is_gone_on_with_as_far_as_it_can_be_undone(both: Both) -> None:
+    """Up to the end of its slot's memory, or of a ring; there a single step takes new memory."""
+    (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
+    counts: list[int] = []
+    first = 20
+    while first < WINDOW + LONGEST_STEP + 20:
+        chosen = both.ask_to_go_on(first, token, MOST_CONTINUED)
+        counts.append(len(chosen))
+        first, token = first + len(chosen), chosen[-1]
+    assert max(counts) == 1 + MOST_CONTINUED
+    assert counts[-10:] == [1] * 10
+
+
+def test_only_a_single_token_of_one_conversation_is_gone_on_with(
+    checkpoint: Checkpoint,
+) -> None:
+    with Device(checkpoint, goes_ahead=True) as device:
+        device.ask({0: (0, IDS[:5]), 1: (0, IDS[:5])}, "prompt")
+        first, token, counts = 5, 4, list[int]()
+        for _ in range(LEAST_SAME + 2):
+            chosen = likeliest(device.ask({0: (first, [token])}, "generated", (), 3))
+            counts.append(len(chosen))
+            first, token = first + len(chosen), chosen[-1]
+        # Not before some inputs were seen to be the rows that were guessed for them.
+        assert counts == [1] * LEAST_SAME + [4, 4]
+        cases: list[tuple[dict[int, tuple[int, list[int]]], StepKind, int]] = [
+            ({0: (first, [4, 5])}, "generated", 1),
+            ({0: (first, [4]), 1: (5, [4])}, "generated", 1),
+            ({0: (first, [4])}, "prompt", 1),
+            ({0: (first, [4])}, "generated", MOST_CONTINUED + 1),
+        ]
+        for tokens, kind, continued in cases:
+            with pytest.raises(ProtocolError, match="gone on with"):
+                device.ask(tokens, kind, (), continued)
+
+
+def test_a_head_that_was_rounded_again_is_not_gone_on_with(
+    rounded_checkpoint: Checkpoint,
+) -> None:
+    """Its rows are not the inputs that the host would send."""
+    with (
+        Device(rounded_checkpoint, goes_ahead=True) as eager,
+        Device(rounded_checkpoint, goes_ahead=False) as patient,
+    ):
+        both = Both(eager, patient)
+        (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
+        for first in range(20, 40):
+            (token,) = both.ask_to_go_on(first, token, 4)
 
 
 def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:

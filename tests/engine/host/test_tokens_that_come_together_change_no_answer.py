@@ -1,0 +1,119 @@
+"""A runner that goes on by itself gives the answer of single steps, wherever that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.host import messages as api
+from engine.kernels.build_native import source_hash
+from engine.kernels.native_library import PATH, NativeLibrary
+from engine.session import Session, SessionOptions
+from tests.engine.host.conftest import runner_of
+from tests.tiny_models import save_tiny_llama
+
+pytestmark = pytest.mark.network
+
+NUM_TOKENS = 90
+GREEDY = api.SamplingSettings(temperature=0.0)
+# A bias of nothing: what a request changes of the logits is the host's to choose by.
+STEP_BY_STEP = api.SamplingSettings(temperature=0.0, logit_bias=((40, 0.0),))
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A model whose head is its embedding, to the bit, on a runner with native kernels."""
+    try:
+        NativeLibrary(PATH, source_hash())
+    except (OSError, ConfigError) as error:
+        pytest.skip(f"only native kernels go on by themselves: {error}")
+    folder = tmp_path_factory.mktemp("tied")
+    model: Any = save_tiny_llama(folder, tie_word_embeddings=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    options = SessionOptions(model=str(folder), dtype="bfloat16", num_workers=1)
+    with Session(options) as opened:
+        yield opened
+
+
+def answer(session: Session, sampling: api.SamplingSettings, **options: Any) -> api.Finished:
+    defaults: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "speculation": "off"}
+    options = defaults | options
+    return session.generate("abcabcabcab", raw=True, sampling=sampling, **options)
+
+
+def assert_same(session: Session, **options: Any) -> None:
+    expected = answer(session, STEP_BY_STEP, **options)
+    for _ in range(3):
+        found = answer(session, GREEDY, **options)
+        assert found.token_ids == expected.token_ids
+        assert found.text == expected.text
+        assert found.finish_reason == expected.finish_reason
+        assert found.logprobs == expected.logprobs
+
+
+def test_an_answer_takes_fewer_steps_and_is_the_same(session: Session) -> None:
+    assert_same(session)
+    assert answer(session, STEP_BY_STEP).decode_steps == NUM_TOKENS - 1
+    assert answer(session, GREEDY).decode_steps < NUM_TOKENS // 2
+    # What is drawn cannot be foreseen.
+    drawn = answer(session, api.SamplingSettings(temperature=0.5, seed=3))
+    assert drawn.decode_steps == NUM_TOKENS - 1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 17, 50])
+def test_it_ends_after_as_many_tokens_as_were_asked_for(session: Session, max_tokens: int) -> None:
+    assert_same(session, max_tokens=max_tokens)
+
+
+def test_what_is_asked_besides_comes_with_every_token(session: Session) -> None:
+    assert_same(session, logprobs=4)
+
+
+def test_stops_end_it_between_tokens_that_came_together(session: Session) -> None:
+    whole = answer(session, STEP_BY_STEP)
+    for place in range(40, 50, 3):
+        assert_same(session, stop=(whole.text[place : place + 3],))
+        assert_same(session, stop_sequences=(whole.token_ids[place : place + 2],))
+        assert_same(session, stop_ids=(whole.token_ids[place],))
+    # What is kept of an answer that ended so is what its next turn begins with.
+    cut = answer(session, GREEDY, stop=(whole.text[45:48],))
+    turn = "abcabcabcab" + cut.text + "z"
+    again = session.generate(turn, raw=True, max_tokens=20, sampling=GREEDY)
+    fresh = session.generate(turn, raw=True, max_tokens=20, sampling=STEP_BY_STEP)
+    assert again.reused_tokens > 20
+    assert again.token_ids == fresh.token_ids
+
+
+def test_a_runner_that_dies_between_them_loses_no_word(session: Session) -> None:
+    expected = answer(session, STEP_BY_STEP, max_tokens=400)
+    victim = runner_of(session, session.plan.devices[0])
+    heard: list[int] = []
+
+    def on_token(_index: int, token_id: int, _text: str) -> None:
+        heard.append(token_id)
+        if len(heard) == 100:
+            victim.kill()
+
+    (found,) = session.generate_batch(
+        ["abcabcabcab"],
+        raw=True,
+        sampling=GREEDY,
+        on_token=on_token,
+        max_tokens=400,
+        ignore_eos=True,
+        speculation="off",
+    )
+    assert found.token_ids == expected.token_ids
+    assert tuple(heard) == found.token_ids
+
+
+def test_others_that_come_meanwhile_have_their_answers(session: Session) -> None:
+    prompts = ["abcabc", "the quick brown fox", "zz", "x" * 30]
+    options: dict[str, Any] = {"raw": True, "max_tokens": 60, "ignore_eos": True}
+    expected = session.generate_batch(prompts, sampling=STEP_BY_STEP, **options)
+    found = session.generate_batch(prompts, sampling=GREEDY, **options)
+    assert [f.token_ids for f in found] == [f.token_ids for f in expected]

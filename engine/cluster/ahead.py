@@ -6,7 +6,8 @@ head is the embedding too, the device has that token's row itself.
 
 In: the likeliest tokens of a step, then the next step as it was asked for. Out: that step's logits,
 if its positions and all its inputs are what was guessed; else all is as if nothing had been
-computed. So no answer depends on a guess, only how soon it comes.
+computed. So no answer depends on a guess, only how soon it comes. Where a step asks for the tokens
+that follow it, too, whoever asked has made sure that the head's rows are the inputs.
 """
 
 from __future__ import annotations
@@ -32,9 +33,6 @@ MOST_SECONDS = 0.05
 LEAST_CHANCE = 0.6
 # Of so many guesses one is only watched.
 LOOK_EVERY = 32
-# Inputs that have to be the rows guessed for them, to the bit, before other rows are trusted to be: a
-# head that was rounded again has none that is.
-LEAST_SAME = 3
 # How much the guesses before count with each new one.
 _KEPT = 0.98
 
@@ -103,7 +101,6 @@ class Ahead:
         self._computed: Computed | None = None
         self._worth = Worth()
         self._answered_ns = 0
-        self._num_same = 0  # inputs that were their guessed rows
 
     @property
     def is_done(self) -> bool:
@@ -123,20 +120,17 @@ class Ahead:
             self._batch = batch
 
     def follow(self, batch: Batch, likeliest: Sequence[int]) -> Computed | None:
-        """Compute the step after one, if it can be undone.
+        """Compute the step after one, if it can be undone. Its inputs are compared with nothing.
 
         Args:
             batch: computed last.
             likeliest: the token of each of its segments.
-        Returns: None where the step cannot be computed, or its inputs are not certain to be those
-            that would come; which changes nothing.
+        Returns: None where the step cannot be computed, which changes nothing.
         """
-        if self._num_same < LEAST_SAME:
-            return None
-        following = self._shard.prepare_next(batch)
-        if following is None:
-            return None
         with contextlib.suppress(*_FAILURES):
+            following = self._shard.prepare_next(batch)
+            if following is None or not self._shard.cache.can_take_back(following.segments):
+                return None
             rows = self._shard.tied_rows(likeliest)
             return None if rows is None else self._computed_step(following, rows)
         return None
@@ -186,7 +180,6 @@ class Ahead:
             if self._computed is None:
                 self._worth.note_pause((time.perf_counter_ns() - self._answered_ns) / 1e9)
             self._worth.note_guess(is_right=is_right)
-            self._num_same += is_right and bool(rows.any())
         if not is_right and (computed := self.take()) is not None:
             self._shard.cut_back(computed.batch)
 

@@ -412,8 +412,8 @@ class Step(Message, frozen=True):
 
     Attributes:
         continued: of a single conversation, tokens after the last one that a device which computes
-            everything may go on with, each the likeliest after the one before. As many positions
-            more are answered, all as the last one was wanted.
+            everything may go on with, each the likeliest after the one before; their inputs are its
+            head's rows. As many positions more are answered, all as the last one was wanted.
     """
 
     epoch: Count
@@ -445,7 +445,8 @@ class LinkTraffic(Message, frozen=True):
 class StepAnswer(Message, frozen=True):
     """What one device did in a step.
 
-    Tensors, for a device with a share of the head and N positions that need logits:
+    Tensors, for a device with a share of the head and N positions that need logits, those of tokens
+    that it went on with among them:
         "top": int64 [N, K] ids, float32 [N, K] raw logits, float64 [N] log-sum-exp at the
         request's temperature without the asked ids (0 for greedy requests), float64 [N]
         log-sum-exp at temperature 1 with all ids of the shard (0 where it is not wanted), then

@@ -28,8 +28,10 @@ from engine.model.view import LONGEST_STEP
 from engine.plan.plan import Plan
 
 MAX_STEP_TOKENS = 1 << 16
-# Tokens that a step goes on with by itself, at most: they come all at once.
+# Tokens that a step goes on with by itself, at most, and for how long: they come all at once, and
+# meanwhile nobody is heard.
 MOST_CONTINUED = 15
+MOST_CONTINUED_SECONDS = 0.05
 # A slot needs two at most in one step.
 MAX_OPERATIONS = 2 * MAX_SLOTS
 
@@ -129,7 +131,8 @@ class Stepping:
         if not step.continued or self._ahead is None or batch is None:
             return self._answer_tensors(wanted, logits_NV)
         found = [logits_NV]
-        while len(found) <= step.continued:
+        end = time.perf_counter() + MOST_CONTINUED_SECONDS
+        while len(found) <= step.continued and time.perf_counter() < end:
             _, likeliest = largest(found[-1], 1)
             computed = self._ahead.follow(batch, [int(token) for token in likeliest[:, 0]])
             if computed is None:
@@ -137,11 +140,10 @@ class Stepping:
             batch = computed.batch
             found.append(computed.logits)
             self.exchange.counters.compute_ns += computed.compute_ns
-        self._last_logits, self._last_batch, self._num_together = (
-            torch.cat(found),
-            batch,
-            len(found),
-        )
+        if len(found) == 1:
+            return self._answer_tensors(wanted, logits_NV)
+        self._last_logits, self._last_batch = torch.cat(found), batch
+        self._num_together = len(found)
         wanted = m.LogitsWanted(
             form=wanted.form,
             ids=wanted.ids * len(found),

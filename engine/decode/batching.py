@@ -2,7 +2,7 @@
 
 In: the running sequences, and how many tokens a step may have. Out: works, one for each sequence in
 the step, and what the step's message says of them. A step reads pieces of prompts, or computes the next
-token of every answer, with guesses at those after it. It sends nothing.
+token of every answer, with guesses at those after it, or a few of a single one. It sends nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.cluster.coordinator import LoadRequest
 from engine.cluster.messages import MAX_LOGITS_BYTES, Array, LogitsWanted, SlotOperation
 from engine.decode.drafting import Draft
 from engine.decode.listener import EmbeddingSource
@@ -19,6 +20,7 @@ from engine.decode.pace import MIN_PIECE
 from engine.decode.sequence import Sequence
 from engine.decode.speculation import Offer, StepTimes, choose_lengths
 from engine.model.batch import Segment, StepKind
+from engine.model.weight_formats import is_head_exact
 
 # Guessed tokens in one step, of all sequences together: with more, arithmetic is the limit anywhere.
 MOST_DRAFTED = 64
@@ -163,23 +165,29 @@ def choose_guesses(works: Seq[Work], times: StepTimes, vocab_size: int) -> None:
         work.num_drafted = length
 
 
-def choose_continued(works: Seq[Work], step_seconds: float | None) -> None:
-    """Let a device that computes everything go on with an answer whose choices it can foresee.
+def may_continue(load: LoadRequest) -> bool:
+    """Whether the device of a plan has the inputs of tokens that it chooses: in its output head."""
+    if len(load.plan.used_devices()) > 1 or not load.config.is_head_tied:
+        return False
+    return is_head_exact({info.name: info for info in load.tensors}, load.dtype)
+
+
+def choose_continued(work: Work, step_seconds: float | None) -> None:
+    """Let a device go on with an answer whose choices it can foresee.
 
     Args: step_seconds: of a token; None where that is not known.
     """
-    if len(works) != 1 or works[0].num_drafted or works[0].count != 1 or not step_seconds:
+    if work.num_drafted or work.count != 1 or not step_seconds:
         return
     together = min(MOST_TOGETHER, int(TOGETHER_SECONDS / step_seconds))
-    works[0].num_continued = min(works[0].sequence.most_continued, max(0, together - 1))
+    work.num_continued = min(work.sequence.most_continued, max(0, together - 1))
 
 
-def take_continued(works: Seq[Work], top_ids: Seq[int]) -> None:
+def take_continued(work: Work, top_ids: Seq[int]) -> None:
     """Take note of tokens that a device went on with.
 
     Args: top_ids: the likeliest of each position that was answered.
     """
-    work = works[0]
     work.continued = list(top_ids[:-1])
     work.changes = work.changes * len(top_ids)
 

@@ -168,6 +168,7 @@ class Pace:
         self,
         kind: StepKind,
         num_tokens: int,
+        num_continued: int,
         num_wasted: int,
         seconds: float,
         plan: Plan,
@@ -177,11 +178,14 @@ class Pace:
         """Take note of a step.
 
         Args:
-            num_wasted: of the tokens, guesses that did not come true.
+            num_continued: of the tokens, those that a device went on with, in steps of their own.
+            num_wasted: of the tokens, guesses that did not come true, and what was gone on with
+                after the answer's end.
             totals: per sequence of the step, where its devices' figures are summed.
         """
         if num_tokens:
-            self._costs[kind].note(num_tokens, seconds)
+            num_steps = 1 + num_continued
+            self._costs[kind].note(num_tokens // num_steps, seconds / num_steps)
         measured = self._measured
         measured.seconds += seconds
         if kind == "prompt":

@@ -34,6 +34,7 @@ from engine.decode.batching import (
     generated_works,
     input_rows,
     logits_wanted,
+    may_continue,
     prompt_works,
     step_kind,
     take_back,
@@ -102,6 +103,7 @@ class Scheduler:
         self._listener = listener
         self._should_end = False
         self._load: LoadRequest | None = None
+        self._may_continue = False
         # The last one in force: what finished requests are told they were computed with.
         self._plan: Plan | None = None
         # Between the loss of a device and the plan that goes on without it.
@@ -288,6 +290,7 @@ class Scheduler:
             return
         self._draft_model.put(command.draft, on_progress, should_stop)
         self._load, self._plan = command.load, command.load.plan
+        self._may_continue = may_continue(command.load)
         self._is_interrupted = False
         self._embeddings = command.embeddings
         self._step_id = 0
@@ -356,8 +359,9 @@ class Scheduler:
                 lambda: self._should_end or bool(self._cancelled),
             )
             choose_guesses(works, self._step_times, vocab_size)
-            if len(self._load.plan.used_devices()) == 1 and not self._waiting:
-                choose_continued(works, self._step_times.predict(1))
+            # Nobody else waits for the end of a longer step.
+            if self._may_continue and len(self._running) == 1:
+                choose_continued(works[0], self._step_times.predict(1))
         if works or self._operations:
             self._step(kind, works)
         self._pace.report(self._listener)
@@ -459,10 +463,11 @@ class Scheduler:
         num_wasted = sum(w.num_drafted + len(w.continued) - w.num_right for w in works)
         totals = [work.sequence.totals for work in works]
         whole_seconds = seconds + self._drafting_seconds
-        self._pace.measure(kind, num_tokens, num_wasted, whole_seconds, load.plan, answers, totals)
-        # Tokens that a device went on with were steps of their own.
+        self._pace.measure(
+            kind, num_tokens, num_continued, num_wasted, whole_seconds, load.plan, answers, totals
+        )
+        self._draft_model.note_big_step(seconds)
         num_steps = 1 + num_continued
-        self._draft_model.note_big_step(seconds / num_steps)
         # What is computed again after a fault says nothing of the next step.
         if works and kind == "generated" and all(work.count == 1 for work in works):
             self._step_times.note(num_tokens // num_steps, seconds / num_steps)
@@ -520,8 +525,8 @@ class Scheduler:
         assert self._load is not None
         plan = self._load.plan
         wanted = [work for work in works if work.changes]
-        if any(work.num_continued for work in wanted):
-            take_continued(wanted, likeliest_ids(plan, answers, 1 + wanted[0].num_continued))
+        if wanted and (most := wanted[0].num_continued):
+            take_continued(wanted[0], likeliest_ids(plan, answers, 1 + most))
         asked = [changes.ids.tolist() for work in wanted for changes in work.changes]
         candidates = gather_candidates(plan, answers, asked) if wanted else []
         full: list[m.Array] = []

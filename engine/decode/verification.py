@@ -48,10 +48,10 @@ def take_tokens(
     num_right = work.num_right = len(chosen) - 1
     for guess in (work.guess, work.passed_over):
         sequence.acceptance.note(guess.source, guess.ids, chosen)
+    num_accepted = num_right if drafted else 0
     if work.guess.source == MODEL_SOURCE:
         sequence.num_model_drafted += len(drafted)
-        sequence.num_model_accepted += num_right
-    num_accepted = num_right if drafted else 0
+        sequence.num_model_accepted += num_accepted
     is_first = before == sequence.num_prompt
     sequence.count_step(len(drafted), num_accepted, is_first=is_first)
     sequence.advance(work.count + num_right, len(expected) - num_right)

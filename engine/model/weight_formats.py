@@ -69,6 +69,21 @@ def is_symmetric(key: WeightKey, tensors: Mapping[str, TensorInfo]) -> bool:
     )
 
 
+def is_head_exact(tensors: Mapping[str, TensorInfo], dtype: ComputeDtype) -> bool:
+    """Whether the output head computes with the very values of the file.
+
+    Args: tensors: of the whole model.
+    """
+    info = tensors["head"]
+    part = SliceKey("head", 0, 0, info.shape[0])
+    format = weight_format(WeightKey((part,)), tensors, dtype)
+    if format == "float32":
+        return True
+    if format == "bfloat16":
+        return info.format == "BF16"
+    return takes_over(part, info, format, 0)
+
+
 def auto_dtype(tensors: Iterable[TensorInfo], has_native_kernels: bool) -> ComputeDtype:
     """What `auto` stands for: the fastest that costs at most a hundredth of perplexity.
 

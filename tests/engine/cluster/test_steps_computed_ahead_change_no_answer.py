@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.cluster import messages as m
-from engine.cluster.ahead import LEAST_SAME, LOOK_EVERY, MOST_SECONDS, Worth
+from engine.cluster.ahead import LOOK_EVERY, MOST_SECONDS, Worth
 from engine.cluster.lockstep import Lockstep
 from engine.cluster.stepping import MOST_CONTINUED, Stepping
 from engine.errors import ConfigError, ProtocolError
@@ -36,34 +36,21 @@ WINDOW = 64
 IDS = np.random.default_rng(6).integers(3, 88, LONGEST_STEP).tolist()
 
 
-def tied_checkpoint(folder: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """A model whose head is its embedding."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A model whose head is its embedding, in a file whose blocks are computed with as they are."""
     try:
         NativeLibrary(PATH, source_hash())
     except (OSError, ConfigError) as error:
         pytest.skip(f"only native kernels go ahead: {error}")
+    folder = tmp_path_factory.mktemp("tied")
     sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
     oracle = save_tiny_llama(
         folder / "oracle", tie_word_embeddings=True, max_position_embeddings=8192, **sizes
     )
     path = folder / "tied.gguf"
-    save_tiny_gguf(oracle, path, kind=kind)
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    """A file whose blocks are computed with as they are."""
-    kind = gguf.GGMLQuantizationType.Q8_0
-    with open_checkpoint(tied_checkpoint(tmp_path_factory.mktemp("tied"), kind)) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def rounded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    """A file of another format than what is computed with."""
-    kind = gguf.GGMLQuantizationType.F32
-    with open_checkpoint(tied_checkpoint(tmp_path_factory.mktemp("wide"), kind)) as opened:
+    save_tiny_gguf(oracle, path, kind=gguf.GGMLQuantizationType.Q8_0)
+    with open_checkpoint(path) as opened:
         yield opened
 
 
@@ -339,13 +326,8 @@ def test_only_a_single_token_of_one_conversation_is_gone_on_with(
 ) -> None:
     with Device(checkpoint, goes_ahead=True) as device:
         device.ask({0: (0, IDS[:5]), 1: (0, IDS[:5])}, "prompt")
-        first, token, counts = 5, 4, list[int]()
-        for _ in range(LEAST_SAME + 2):
-            chosen = likeliest(device.ask({0: (first, [token])}, "generated", (), 3))
-            counts.append(len(chosen))
-            first, token = first + len(chosen), chosen[-1]
-        # Not before some inputs were seen to be the rows that were guessed for them.
-        assert counts == [1] * LEAST_SAME + [4, 4]
+        assert len(device.ask({0: (5, [4])}, "generated", (), 3)[0]) == 4
+        first = 9
         cases: list[tuple[dict[int, tuple[int, list[int]]], StepKind, int]] = [
             ({0: (first, [4, 5])}, "generated", 1),
             ({0: (first, [4]), 1: (5, [4])}, "generated", 1),
@@ -355,20 +337,6 @@ def test_only_a_single_token_of_one_conversation_is_gone_on_with(
         for tokens, kind, continued in cases:
             with pytest.raises(ProtocolError, match="gone on with"):
                 device.ask(tokens, kind, (), continued)
-
-
-def test_a_head_that_was_rounded_again_is_not_gone_on_with(
-    rounded_checkpoint: Checkpoint,
-) -> None:
-    """Its rows are not the inputs that the host would send."""
-    with (
-        Device(rounded_checkpoint, goes_ahead=True) as eager,
-        Device(rounded_checkpoint, goes_ahead=False) as patient,
-    ):
-        both = Both(eager, patient)
-        (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
-        for first in range(20, 40):
-            (token,) = both.ask_to_go_on(first, token, 4)
 
 
 def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:

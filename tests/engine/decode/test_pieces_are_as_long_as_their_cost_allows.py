@@ -35,7 +35,7 @@ class Machine:
             size = self.pace.piece("prompt", 1, is_alone=is_alone)
             size = min(size, num_tokens)
             seconds = (self._fixed + self._each * size) * (1 + self._noise * self._draw.random())
-            self.pace.measure("prompt", size, 0, seconds, PLAN, [], [])
+            self.pace.measure("prompt", size, 0, 0, seconds, PLAN, [], [])
             pieces.append((size, seconds))
             num_tokens -= size
         return pieces
@@ -80,7 +80,7 @@ def test_a_neighbour_waits_no_longer_because_prompts_were_alone_before(
     machine = Machine(fixed, each, 0.0)
     for _ in range(40):
         machine.read(700, is_alone=True)
-        machine.pace.measure("prompt", 700, 0, fixed + 700 * each, PLAN, [], [])
+        machine.pace.measure("prompt", 700, 0, 0, fixed + 700 * each, PLAN, [], [])
     longest = max(seconds for _, seconds in machine.read(4096, is_alone=False))
     allowed = max(0.15, 2 * (fixed + MIN_PIECE * each))
     assert longest <= 2.1 * allowed
@@ -101,7 +101,7 @@ def test_full_logits_of_a_piece_fit_into_a_message() -> None:
     pace = Machine(0.002, 0.0001, 0.0).pace
     for _ in range(9):
         size = pace.piece("prompt", 1, is_alone=True)
-        pace.measure("prompt", size, 0, 0.002 + 0.0001 * size, PLAN, [], [])
+        pace.measure("prompt", size, 0, 0, 0.002 + 0.0001 * size, PLAN, [], [])
     assert pace.piece("prompt", 1, is_alone=True) == LONGEST_STEP
     for vocab_size in (256, 49_152, 262_144, 1 << 24):
         size = pace.piece("prompt", 1, is_alone=True, num_logits=vocab_size)
@@ -135,7 +135,7 @@ def test_one_slow_step_does_not_last() -> None:
     fixed, each = 1.1, 0.0155
     machine = Machine(fixed, each, 0.0)
     machine.read(64, is_alone=True)
-    machine.pace.measure("prompt", 128, 0, 30.0, PLAN, [], [])
+    machine.pace.measure("prompt", 128, 0, 0, 30.0, PLAN, [], [])
     machine.read(2000, is_alone=True)
     later = machine.read(2000, is_alone=True)
     assert sum(seconds for _, seconds in later) <= 2 * (fixed + 2000 * each)

@@ -194,7 +194,7 @@ def test_the_default_model_copies_a_text_in_far_fewer_steps(real_session: Sessio
     plain = real_session.generate(prompt, max_tokens=40, speculation="off")
     guessed = real_session.generate(prompt, max_tokens=40, speculation="on")
     assert guessed.token_ids == plain.token_ids
-    assert guessed.decode_steps <= plain.decode_steps * 2 // 3
+    assert guessed.decode_steps <= (len(plain.token_ids) - 1) * 2 // 3
     assert guessed.drafted_tokens <= MAX_DRAFT * guessed.decode_steps
     sampling = api.SamplingSettings(temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=3)
     plain = real_session.generate(prompt, max_tokens=15, speculation="off", sampling=sampling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,16 +25,21 @@ GREEDY = api.SamplingSettings(temperature=0.0)
 STEP_BY_STEP = api.SamplingSettings(temperature=0.0, logit_bias=((40, 0.0),))
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """A model whose head is its embedding, to the bit, on a runner with native kernels."""
+def tied_folder(folder: Path, dtype: torch.dtype) -> Path:
+    """A model whose head is its embedding."""
     try:
         NativeLibrary(PATH, source_hash())
     except (OSError, ConfigError) as error:
         pytest.skip(f"only native kernels go on by themselves: {error}")
-    folder = tmp_path_factory.mktemp("tied")
     model: Any = save_tiny_llama(folder, tie_word_embeddings=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A head that is its embedding to the bit, on a runner with native kernels."""
+    folder = tied_folder(tmp_path_factory.mktemp("tied"), torch.bfloat16)
     options = SessionOptions(model=str(folder), dtype="bfloat16", num_workers=1)
     with Session(options) as opened:
         yield opened
@@ -62,6 +68,30 @@ def test_an_answer_takes_fewer_steps_and_is_the_same(session: Session) -> None:
     # What is drawn cannot be foreseen.
     drawn = answer(session, api.SamplingSettings(temperature=0.5, seed=3))
     assert drawn.decode_steps == NUM_TOKENS - 1
+
+
+def test_a_head_that_was_rounded_again_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its rows are not the inputs that single steps have."""
+    folder = tied_folder(tmp_path, torch.float16)
+    options = SessionOptions(model=str(folder), dtype="bfloat16", num_workers=1)
+    with Session(options) as session:
+        assert_same(session)
+        assert answer(session, GREEDY).decode_steps == NUM_TOKENS - 1
+
+
+def test_a_draft_model_is_credited_with_its_own_guesses_alone(tmp_path: Path) -> None:
+    """Another model, whose guesses are mostly wrong."""
+    folder = tied_folder(tmp_path / "big", torch.bfloat16)
+    save_tiny_llama(tmp_path / "other", num_hidden_layers=1)
+    options = SessionOptions(
+        model=str(folder), dtype="bfloat16", num_workers=1, draft_model=str(tmp_path / "other")
+    )
+    with Session(options) as session:
+        expected = answer(session, STEP_BY_STEP, max_tokens=400)
+        found = answer(session, GREEDY, max_tokens=400, speculation="auto")
+    assert found.token_ids == expected.token_ids
+    assert found.model_accepted_tokens <= found.model_drafted_tokens <= found.drafted_tokens
+    assert found.accepted_tokens <= found.drafted_tokens
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 17, 50])
@@ -111,7 +141,7 @@ def test_a_runner_that_dies_between_them_loses_no_word(session: Session) -> None
     assert tuple(heard) == found.token_ids
 
 
-def test_others_that_come_meanwhile_have_their_answers(session: Session) -> None:
+def test_others_beside_it_have_their_answers(session: Session) -> None:
     prompts = ["abcabc", "the quick brown fox", "zz", "x" * 30]
     options: dict[str, Any] = {"raw": True, "max_tokens": 60, "ignore_eos": True}
     expected = session.generate_batch(prompts, sampling=STEP_BY_STEP, **options)

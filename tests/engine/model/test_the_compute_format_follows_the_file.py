@@ -6,7 +6,7 @@ import pytest
 
 from engine.model.batch import ComputeDtype
 from engine.model.share_keys import SliceKey, WeightKey
-from engine.model.weight_formats import auto_dtype, weight_format
+from engine.model.weight_formats import auto_dtype, is_head_exact, weight_format
 from engine.weights.formats import TensorInfo
 
 
@@ -45,6 +45,24 @@ def test_int4_leaves_wide_what_is_wide(
     key = WeightKey(tuple(SliceKey(name, 0, 0, 256) for name in names))
     tensors = {name: TensorInfo(name, format, (256, 256)) for name in names}
     assert weight_format(key, tensors, "int4") == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "exact"),
+    [
+        ("Q4_0", {"float32", "int4"}),
+        ("Q4_1", {"float32", "int4"}),
+        ("Q8_0", {"float32", "int8", "int4"}),
+        ("BF16", {"float32", "bfloat16"}),
+        ("Q6_K", {"float32"}),
+        ("F16", {"float32"}),
+        ("F32", {"float32"}),
+    ],
+)
+def test_a_head_is_exact_where_nothing_is_rounded_again(format: str, exact: set[str]) -> None:
+    tensors = model({}, head=format)
+    dtypes: tuple[ComputeDtype, ...] = ("float32", "bfloat16", "int8", "int4")
+    assert {dtype for dtype in dtypes if is_head_exact(tensors, dtype)} == exact
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

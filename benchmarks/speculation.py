@@ -3,7 +3,8 @@
 `python benchmarks/speculation.py [--rounds 3] [--workers 0] [--dtype auto]`: the default model
 answers a text-editing prompt (most of the answer is in the prompt) and writes freely (little is),
 greedily, without guesses, with the rule and with every guess, in turns within one run. Then 1 and
-16 answers at once without guesses. Ratios are of one round; tokens must be the same in float32 and
+16 answers at once without guesses. Without guesses, too, steps may be fewer than tokens: a single runner
+goes on with a greedy answer by itself. Ratios are of one round; tokens must be the same in float32 and
 are counted where they differ in other formats.
 """
 

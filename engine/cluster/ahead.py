@@ -129,10 +129,9 @@ class Ahead:
         """
         with contextlib.suppress(*_FAILURES):
             following = self._shard.prepare_next(batch)
-            if following is None or not self._shard.cache.can_take_back(following.segments):
-                return None
-            rows = self._shard.tied_rows(likeliest)
-            return None if rows is None else self._computed_step(following, rows)
+            rows = None if following is None else self._shard.tied_rows(likeliest)
+            if following is not None and rows is not None:
+                return self._computed_step(following, rows)
         return None
 
     def compute(self, last_ns: int) -> None:

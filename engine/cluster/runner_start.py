@@ -16,7 +16,8 @@ from engine.cluster.processes import Child, Greeting
 # slows decoding on an idle machine, spinning as long as libgomp likes to slows it on a busy one.
 OMP_SPINS = "10000"
 # glibc gives large pieces back to the system as soon as they are free, and gets them again page by
-# page: an eighth of a prompt's time. Up to so many bytes are kept; other systems know no such words.
+# page: an eighth of a prompt's time where torch multiplies it. Up to so many bytes are kept; other
+# systems know no such words.
 MALLOC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),

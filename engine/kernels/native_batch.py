@@ -91,7 +91,8 @@ def make_native_batch(batch: Batch, cache: KVCache, head_width: int) -> NativeBa
         fields = array("q")
         for piece in pieces:
             address, length = piece.places.buffer_info()
-            fields.extend((address, length // PLACE_NUMBERS, piece[1], piece[2]))
+            places_held = length // PLACE_NUMBERS
+            fields.extend((address, places_held, piece.first_position, piece.num_tokens))
         offset = 4 * first_token * shape[1]
         addresses = array("q", [table + offset for table in tables])
         first_table = addresses.buffer_info()[0]

@@ -20,6 +20,7 @@ from app.application import Desk
 from app.chat.conversation import ChatMessage, ChatSettings
 from app.settings import Settings
 from app.stages import StartOptions
+from tests.processes import command_of, has_ended, processes_below
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
@@ -89,19 +90,7 @@ def _wait_for_plan(desk: Desk, qtbot: QtBot) -> None:
 
 def _runner(device: str) -> psutil.Process:
     """The runner of a device, found as in a process list."""
-    for process in psutil.Process().children(recursive=True):
-        command = process.cmdline()
-        if "shardmix-runner" in command and device in command:
-            return process
-    raise AssertionError(f"no runner of {device}")
-
-
-def _ended(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [
-        process
-        for process in processes
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    ]
+    return processes_below(psutil.Process(), "shardmix-runner", device)[0]
 
 
 def test_a_split_between_three_nodes_gives_the_same_answer(desk: Desk, qtbot: QtBot) -> None:
@@ -166,9 +155,7 @@ def test_an_answer_goes_on_in_the_window_without_a_killed_runner(desk: Desk, qtb
 
 
 def test_an_engine_that_dies_can_be_started_again(desk: Desk, qtbot: QtBot) -> None:
-    host = next(
-        process for process in psutil.Process().children() if "shardmix-host" in process.cmdline()
-    )
+    (host,) = processes_below(psutil.Process(), "shardmix-host")
     host.kill()
     qtbot.waitUntil(lambda: desk.session.trouble is not None, timeout=10_000)
     assert desk.session.trouble is not None
@@ -195,7 +182,7 @@ def test_closing_the_window_leaves_no_process(desk: Desk) -> None:
     children = psutil.Process().children(recursive=True)
     assert len(children) >= 5, "a host, three workers, a runner"
     desk.close()
-    assert len(_ended(children)) == len(children)
+    assert all(has_ended(child) for child in children)
 
 
 @pytest.fixture
@@ -215,10 +202,9 @@ def window_process(
 
 def _assert_all_end(processes: list[psutil.Process]) -> None:
     deadline = time.monotonic() + END_SECONDS
-    while len(_ended(processes)) < len(processes) and time.monotonic() < deadline:
+    while not all(map(has_ended, processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    ended = _ended(processes)
-    left = [process for process in processes if process not in ended]
+    left = [process for process in processes if not has_ended(process)]
     for process in left:
         process.kill()
     assert not left
@@ -260,6 +246,6 @@ def _wait_for_runner(window: psutil.Process) -> list[psutil.Process]:
 def _is_runner(process: psutil.Process) -> bool:
     try:
         has_imports = process.memory_info().rss > RUNNER_BYTES
-        return has_imports and "shardmix-runner" in process.cmdline()
     except psutil.Error:
         return False
+    return has_imports and "shardmix-runner" in command_of(process)

@@ -21,6 +21,7 @@ from engine.host import messages as api
 from engine.plan.plan import Plan, PlanShape
 from engine.session import Session, SessionOptions
 from tests.cluster.network import BenchError, Computer, Program
+from tests.processes import processes_below
 
 # Generous: several processes share two cores, and each imports torch.
 START_SECONDS = 60.0
@@ -45,11 +46,7 @@ def start_workers(computers: Sequence[Computer], *options: str) -> list[Program]
 
 def runner_of(worker: Program) -> psutil.Process:
     """The one runner that a worker has started."""
-    (runner,) = [
-        child
-        for child in psutil.Process(worker.process.pid).children(recursive=True)
-        if "shardmix-runner" in child.cmdline()
-    ]
+    (runner,) = processes_below(psutil.Process(worker.process.pid), "shardmix-runner")
     return runner
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from engine.cluster.messages import DeviceInfo
+from tests.processes import has_ended, processes_below
 from workers.speed_file import Figures, Speed, SpeedFile
 from workers.speed_test import FILE_NAME, SpeedTest, hardware_of
 from workers.telemetry import list_devices
@@ -106,8 +107,7 @@ def test_figures_that_no_plan_can_use_are_void(tmp_path: Path, flops: float) -> 
 
 def measuring_children() -> list[psutil.Process]:
     """Helpers of other tests may be there, too."""
-    children = psutil.Process().children()
-    return [child for child in children if "shardmix-speed-test" in child.cmdline()]
+    return processes_below(psutil.Process(), "shardmix-speed-test")
 
 
 def measuring_child() -> psutil.Process:
@@ -164,7 +164,7 @@ def test_a_measurement_ends_with_the_worker_that_asked_for_it(tmp_path: Path) ->
             time.sleep(0.02)
     parent.kill()
     parent.communicate()
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+    while not has_ended(child):
         assert time.monotonic() < deadline, "it outlived its worker"
         time.sleep(0.02)
     assert list(tmp_path.iterdir()) == []

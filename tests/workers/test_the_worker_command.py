@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from engine.cluster import messages as m
 from engine.cluster.join_token import PREFIX, decode_token
 from engine.cluster.security import new_key_pair
+from tests.processes import processes_below
 from tests.workers.hosts import PATIENCE_SECONDS, Host, PairingHost, wait_until
 from tests.workers.worker_command import WorkerCommand
 from workers.cli import app
@@ -76,7 +77,9 @@ def test_it_tells_who_it_is_and_ends_when_told(box: WorkerCommand) -> None:
         host.say(m.StartRunner(device="box/cpu", listen_address=""))
         assert box.process is not None
         worker = psutil.Process(box.process.pid)
-        wait_until(lambda: bool(_runners_of(worker)), "a runner has begun to start")
+        wait_until(
+            lambda: bool(processes_below(worker, "shardmix-runner")), "a runner has begun to start"
+        )
         # A measurement of speed runs too: figures of two cores say nothing of one.
         started = worker.children(recursive=True)
         before = time.monotonic()
@@ -170,10 +173,6 @@ def test_pairing_by_a_script(box: WorkerCommand, is_same: bool) -> None:
     else:
         assert "not paired: the codes were not the same" in errors
         assert "not paired: the codes were not the same" in waiting_errors
-
-
-def _runners_of(worker: psutil.Process) -> list[psutil.Process]:
-    return [child for child in worker.children() if "shardmix-runner" in child.cmdline()]
 
 
 def _reach_code(desk: PairingHost, pairing: subprocess.Popen[str]) -> str:

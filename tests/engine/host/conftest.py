@@ -11,6 +11,7 @@ import pytest
 from engine.plan.plan import PlanShape
 from engine.plan.presets import even
 from engine.session import Session, SessionOptions, simulated_devices
+from tests.processes import processes_below
 from tests.tiny_models import save_tiny_llama
 
 
@@ -35,11 +36,7 @@ def opened_session(tiny_folder: Path) -> Iterator[Session]:
 def runner_of(session: Session, device: str) -> psutil.Process:
     """The runner process of a device, recognised as a person would recognise it."""
     host = psutil.Process(session.client.host_pid)
-    return next(
-        process
-        for process in host.children(recursive=True)
-        if process.cmdline()[-2:] == ["shardmix-runner", device]
-    )
+    return processes_below(host, "shardmix-runner", device)[0]
 
 
 @pytest.fixture

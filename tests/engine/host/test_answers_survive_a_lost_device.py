@@ -20,6 +20,7 @@ from engine.plan.plan import Plan, PlanShape
 from engine.plan.presets import even, from_percentages, pipeline, single
 from engine.session import Session, SessionOptions, simulated_devices
 from tests.engine.host.conftest import runner_of
+from tests.processes import processes_below
 
 pytestmark = [
     pytest.mark.network,
@@ -137,7 +138,7 @@ def test_a_killed_worker_takes_its_runner_along_and_the_answer_goes_on(opened: S
     opened.apply(pipeline(shape, simulated_devices(2), [1, 2]))
     expected = opened.generate(SHAPES, raw=True, max_tokens=60, ignore_eos=True)
     host = psutil.Process(opened.client.host_pid)
-    worker = next(p for p in host.children() if p.cmdline()[-1] == "local-1")
+    (worker,) = processes_below(host, "shardmix-worker", "local-1")
     watch = Watch(opened)
     finished = watch.answer(SHAPES, 60, worker.kill, after_tokens(5))
     assert finished.token_ids == expected.token_ids

@@ -21,6 +21,7 @@ from engine.text.tokenizer import load_tokenizer
 from engine.vision.layout import expand_images, find_image_tokens
 from engine.vision.tiles import prepare_images
 from engine.weights.checkpoint import open_checkpoint
+from tests.processes import processes_below
 from tests.tiny_families import IMAGE_TOKEN
 from tests.tiny_models import VOCAB_SIZE
 
@@ -116,8 +117,7 @@ def user(text: str, *paths: Path) -> api.ChatTurn:
 
 def image_process(host_pid: int) -> psutil.Process:
     """The one process of an engine host that encodes images."""
-    children = psutil.Process(host_pid).children(recursive=True)
-    (found,) = [child for child in children if "engine.vision.process" in child.cmdline()]
+    (found,) = processes_below(psutil.Process(host_pid), "engine.vision.process")
     return found
 
 

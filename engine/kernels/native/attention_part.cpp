@@ -293,9 +293,10 @@ struct Attention {
     void work(Phase *phases) const {
         ThreadTeam &team = step.team;
         share_tokens(team, phases[0], heads.num_tokens, [&](int64_t t) {
+            float *values = inputs.values_of(t, team.rank());
             kernels().rms_norm(step.enter(row, t), share.norm, (float)share.norm_epsilon, step.width,
-                               inputs.values(t));
-            inputs.prepare(t);
+                               values);
+            inputs.prepare(t, values);
         });
         share_product(team, phases[1], *share.qkv, inputs, heads.projected,
                       first_weights(*share.output, team));
@@ -305,13 +306,14 @@ struct Attention {
         else
             heads.work(phases + 2, [&](int64_t t, int64_t kv_head) {
                 if (!are_prepared) return;
-                int64_t first = share.first_heads[kv_head], end = share.first_heads[kv_head + 1];
-                attended.prepare(t, group_at(*share.output, first * share.head_width),
-                                 group_at(*share.output, end * share.head_width));
+                int64_t first = share.first_heads[kv_head] * share.head_width;
+                int64_t end = share.first_heads[kv_head + 1] * share.head_width;
+                attended.prepare(t, group_at(*share.output, first), group_at(*share.output, end),
+                                 attended.values(t) + first);
             });
         if (!are_prepared)
             share_tokens(team, phases[5], heads.num_tokens,
-                         [&](int64_t t) { attended.prepare(t); });
+                         [&](int64_t t) { attended.prepare(t, attended.values(t)); });
         share_product(team, phases[6], *share.output, attended, step.sums(row),
                       step.first_weights(row + 1));
     }
@@ -322,8 +324,8 @@ struct Attention {
 void reserve_attention(const Step &step, const shardmix_attention_share &share) {
     StepMemory &memory = step.memory;
     int64_t num_tokens = step.in.num_tokens;
-    memory.inputs.reserve(*share.qkv, num_tokens);
-    memory.middle.reserve(*share.output, num_tokens);
+    memory.inputs.reserve(*share.qkv, num_tokens, step.team.num_threads());
+    memory.middle.reserve(*share.output, num_tokens, step.team.num_threads());
     memory.projected.reserve(num_tokens * share.qkv->num_rows);
     Attention(step, share, 0).heads.reserve();
 }

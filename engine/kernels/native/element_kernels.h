@@ -141,43 +141,47 @@ static inline void quantize_rest(const float *values, float scale, const Groups 
     write_group(rest, scale / kFinerSteps, (int32_t)Isa::sum(sums));
 }
 
-// The values of a group of a block, of which the last is padded with zeros in memory of the caller's.
-static inline const float *group_values(const float *x, int64_t block, int64_t b, int64_t i,
-                                        float *padded) {
-    const float *values = x + b * block + i * kGroup;
-    int64_t left = block - i * kGroup;
-    if (left >= kGroup) return values;
-    memset(padded, 0, kGroup * sizeof(float));
-    memcpy(padded, values, (size_t)left * sizeof(float));
-    return padded;
-}
+// Goes through the groups of a token's values, block by block.
+template <class Isa>
+struct GroupWalk {
+    const float *values;
+    int64_t block, offset;  // of columns, and where in its block the group begins
+
+    // The group's values; the last ones of a block padded with zeros in memory of the caller's.
+    const float *padded(float *memory) const {
+        int64_t left = block - offset;
+        if (left >= kGroup) return values;
+        memset(memory, 0, kGroup * sizeof(float));
+        memcpy(memory, values, (size_t)left * sizeof(float));
+        return memory;
+    }
+    void advance() {
+        int64_t left = block - offset, count = left < kGroup ? left : kGroup;
+        values += count, offset += count;
+        if (offset == block) offset = 0;
+    }
+};
 
 template <class Isa>
 static void quantize(const Activations &activations, int64_t token, const shardmix_matrix &matrix,
-                     int64_t first_group, int64_t end_group) {
-    int64_t block = matrix.block, per_block = groups_of_block(block);
+                     int64_t first_group, int64_t end_group, const float *values) {
     int64_t stride = activations.num_tokens;
-    float padded[kGroup];
-    const float *x = activations.values + token * matrix.num_columns;
+    float memory[kGroup];
     const Groups groups = activations.groups, rests = activations.rests;
     uint8_t *has_rest = activations.has_rest + token * padded_groups(matrix.num_groups);
-    int64_t first_block = first_group / per_block, in_block = first_group % per_block;
+    const GroupWalk<Isa> first{values, matrix.block,
+                               first_group % groups_of_block(matrix.block) * kGroup};
     // Two passes: a branch that cannot be foreseen would hold up the groups after it.
-    int64_t b = first_block, i = in_block;
-    for (int64_t g = first_group; g < end_group; ++g) {
-        const float *values = group_values(x, block, b, i, padded);
-        float squares = quantize_group<Isa>(values, groups_at(groups, g * stride + token));
-        has_rest[g] = squares < kUnevenSquares;
-        if (++i == per_block) i = 0, ++b;
+    GroupWalk<Isa> walk = first;
+    for (int64_t g = first_group; g < end_group; ++g, walk.advance()) {
+        Groups group = groups_at(groups, g * stride + token);
+        has_rest[g] = quantize_group<Isa>(walk.padded(memory), group) < kUnevenSquares;
     }
-    b = first_block, i = in_block;
-    for (int64_t g = first_group; g < end_group; ++g) {
-        if (has_rest[g]) {
-            const float *values = group_values(x, block, b, i, padded);
-            int64_t at = g * stride + token;
-            quantize_rest<Isa>(values, groups.scales[at], groups_at(rests, at));
-        }
-        if (++i == per_block) i = 0, ++b;
+    walk = first;
+    for (int64_t g = first_group; g < end_group; ++g, walk.advance()) {
+        if (!has_rest[g]) continue;
+        int64_t at = g * stride + token;
+        quantize_rest<Isa>(walk.padded(memory), groups.scales[at], groups_at(rests, at));
     }
     if (end_group < matrix.num_groups) return;
     for (int64_t g = end_group; g % kMarks; ++g) has_rest[g] = 0;

@@ -4,8 +4,8 @@
 
 namespace shardmix {
 
-void reserve_head(TokenMemory &memory, const Head &head) {
-    memory.reserve(*head.share->matrix, head.num_tokens);
+void reserve_head(TokenMemory &memory, const Head &head, int64_t num_threads) {
+    memory.reserve(*head.share->matrix, head.num_tokens, num_threads);
 }
 
 void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Phase *phases) {
@@ -15,9 +15,9 @@ void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Ph
     PreparedTokens inputs = memory.view(matrix, num_tokens);
     share_tokens(team, phases[0], num_tokens, [&](int64_t n) {
         const float *row = head.stream + (head.tokens ? head.tokens[n] : n) * matrix.num_columns;
-        kernels().rms_norm(row, share.norm, (float)share.norm_epsilon, matrix.num_columns,
-                           inputs.values(n));
-        inputs.prepare(n);
+        float *values = inputs.values_of(n, team.rank());
+        kernels().rms_norm(row, share.norm, (float)share.norm_epsilon, matrix.num_columns, values);
+        inputs.prepare(n, values);
     });
     team.share(phases[1], panels, panels_at_a_time(panels, team.num_threads()),
                [&](int64_t first, int64_t end, int64_t next) {
@@ -48,8 +48,9 @@ int64_t shardmix_head_part(const shardmix_head_share *share, const float *x, int
         static thread_local TokenMemory kept;
         TokenMemory &memory = kept;  // The caller's: named directly it would be each thread's own.
         Head head{share, x, nullptr, num_tokens, out};
-        reserve_head(memory, head);
         ThreadTeam &team = ThreadTeam::of_process();
+        auto held = team.hold();
+        reserve_head(memory, head, team.num_threads());
         Phase phases[2];
         auto work = [&] { work_head(team, memory, head, phases); };
         run_on(team, work);

@@ -43,6 +43,13 @@ struct Activations {
     int64_t num_tokens;
 };
 
+// Where products go: row r of token t to values[t * stride + r - first_row].
+struct Products {
+    float *values;
+    int64_t stride;
+    int64_t first_row;
+};
+
 // Query heads that share a KV head, of one token, over at most kChunk positions.
 struct AttentionUnit {
     const float *queries;      // [heads, D], times the scale
@@ -97,18 +104,19 @@ static inline int64_t padded_groups(int64_t num_groups) {
 }
 
 struct KernelTable {
-    // out [T, N] of the rows in panels [first, end).
+    // Of all tokens and the rows in panels [first, end).
     // `next`: weights that this thread reads afterwards; null if that is not known.
     void (*multiply)(const shardmix_matrix &matrix, const Activations &activations,
-                     int64_t first_panel, int64_t end_panel, float *out, const char *next);
+                     int64_t first_panel, int64_t end_panel, const Products &out, const char *next);
     // Rows [first, end) as [rows, K]; `first_row` begins a panel.
     void (*dequantize)(const shardmix_matrix &matrix, int64_t first_row, int64_t end_row,
                        bool is_bfloat16, void *out);
     // A null weight counts as ones.
     void (*rms_norm)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
     // Groups [first, end) of a token's values, which are padded to whole groups block by block.
+    // `values` are those from the first group's on.
     void (*quantize)(const Activations &activations, int64_t token, const shardmix_matrix &matrix,
-                     int64_t first_group, int64_t end_group);
+                     int64_t first_group, int64_t end_group, const float *values);
     void (*gate)(const float *gate, const float *up, int64_t count, int64_t activation, float *out);
     void (*softcap)(float *values, int64_t count, float cap);
     // Turn pairs of a head by the angles [pairs] of its position: value i with value pairs + i, or

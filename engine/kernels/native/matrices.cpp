@@ -115,15 +115,18 @@ int64_t shardmix_multiply(const shardmix_matrix *matrix, const float *x, int64_t
     if (!is_valid(matrix) || !x || !out || num_tokens < 1) return SHARDMIX_BAD_ARGUMENT;
     return status_of([&] {
         static thread_local TokenMemory memory;
-        memory.reserve(*matrix, num_tokens);
-        PreparedTokens tokens = memory.view(*matrix, num_tokens);
         ThreadTeam &team = ThreadTeam::of_process();
+        auto held = team.hold();
+        memory.reserve(*matrix, num_tokens, team.num_threads());
+        PreparedTokens tokens = memory.view(*matrix, num_tokens);
         Phase to_prepare, to_multiply;
         auto work = [&] {
             share_tokens(team, to_prepare, num_tokens, [&](int64_t token) {
-                std::memcpy(tokens.values(token), x + token * matrix->num_columns,
-                            (size_t)matrix->num_columns * sizeof(float));
-                tokens.prepare(token);
+                const float *values = x + token * matrix->num_columns;
+                if (!tokens.are_quantized())
+                    std::memcpy(tokens.values(token), values,
+                                (size_t)matrix->num_columns * sizeof(float));
+                tokens.prepare(token, values);
             });
             share_product(team, to_multiply, *matrix, tokens, out, nullptr);
         };

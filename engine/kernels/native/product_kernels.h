@@ -18,13 +18,24 @@ namespace shardmix {
 // what comes after a stretch.
 constexpr int64_t kBytesAhead = 2560;
 
-// What is to be fetched at group g of a panel, after which `next` is read.
-template <class Group>
-static inline const char *ahead_of(const Group *groups, int64_t g, int64_t num_groups,
-                                   const char *next) {
-    int64_t ahead = g + kBytesAhead / (int64_t)sizeof(Group), past = ahead - num_groups;
-    return past < 0 ? (const char *)(groups + ahead) : next + past * (int64_t)sizeof(Group);
-}
+// Fetches memory at an even pace during all passes over a panel, after which `next` is read: a
+// pass that had to fetch for itself would wait, and those after it would leave the memory idle.
+template <class Isa>
+struct Fetcher {
+    const char *panel, *next;
+    int64_t panel_bytes, num_passes, at;
+
+    Fetcher(const char *panel, const char *next, int64_t panel_bytes, int64_t num_passes)
+        : panel(panel), next(next), panel_bytes(panel_bytes), num_passes(num_passes),
+          at(panel_bytes * (num_passes - 1) / num_passes + kBytesAhead) {}
+
+    // While so many bytes of the panel are multiplied.
+    inline void fetch(int64_t num_bytes) {
+        int64_t share = num_passes == 1 ? num_bytes : num_bytes / num_passes;
+        Isa::prefetch(at < panel_bytes ? panel + at : next + (at - panel_bytes), (size_t)share);
+        at += share;
+    }
+};
 
 template <class Isa, int TOKENS, int VECTORS>
 struct Tile {
@@ -35,12 +46,12 @@ struct Tile {
             for (int v = 0; v < VECTORS; ++v) totals[t][v] = Isa::splat(0.0f);
     }
 
-    // To rows first_row.. of the matrix, of which the last panel may lack some.
-    void store(float *out, int64_t num_rows, int64_t first_token, int64_t first_row) const {
+    // To rows first_row.. of a matrix that has num_rows: the last panel may lack some.
+    void store(const Products &out, int64_t num_rows, int64_t first_token, int64_t first_row) const {
         for (int t = 0; t < TOKENS; ++t) {
-            float *row = out + (first_token + t) * num_rows;
+            float *row = place(out, first_token + t, first_row);
             for (int v = 0; v < VECTORS; ++v) {
-                int64_t start = first_row + v * Isa::kLanes, left = num_rows - start;
+                int64_t start = v * Isa::kLanes, left = num_rows - first_row - start;
                 if (left >= Isa::kLanes) {
                     Isa::store(row + start, totals[t][v]);
                 } else if (left > 0) {
@@ -53,11 +64,11 @@ struct Tile {
     }
 
     // The same, to what is there.
-    void add(float *out, int64_t num_rows, int64_t first_token, int64_t first_row) {
+    void add(const Products &out, int64_t num_rows, int64_t first_token, int64_t first_row) {
         for (int t = 0; t < TOKENS; ++t) {
-            const float *row = out + (first_token + t) * num_rows;
+            const float *row = place(out, first_token + t, first_row);
             for (int v = 0; v < VECTORS; ++v) {
-                int64_t start = first_row + v * Isa::kLanes, left = num_rows - start;
+                int64_t start = v * Isa::kLanes, left = num_rows - first_row - start;
                 float lanes[Isa::kLanes] = {};
                 const float *before = left < Isa::kLanes ? lanes : row + start;
                 if (0 < left && left < Isa::kLanes)
@@ -66,6 +77,11 @@ struct Tile {
             }
         }
         store(out, num_rows, first_token, first_row);
+    }
+
+   private:
+    static float *place(const Products &out, int64_t token, int64_t row) {
+        return out.values + token * out.stride + row - out.first_row;
     }
 };
 
@@ -139,27 +155,27 @@ struct GroupedProduct {
     using Group = typename Product::Group;
 
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
+    static inline void add(const shardmix_matrix &matrix, Fetcher<Isa> &fetcher,
                            const Activations &x, int64_t token, int64_t lane,
                            Tile<Isa, TOKENS, VECTORS> &tile) {
-        const Group *groups = (const Group *)panel;
+        const Group *groups = (const Group *)fetcher.panel;
         int64_t num_groups = matrix.num_groups;
         for (int64_t g = 0; g < num_groups; ++g) {
-            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
+            fetcher.fetch(sizeof(Group));
             Product::add_group(groups[g], groups_at(x.groups, g * x.num_tokens + token), lane, tile);
         }
     }
 
     // The whole of a token that is alone: while its rests are added, memory is read on.
     template <int VECTORS>
-    static inline void add_alone(const shardmix_matrix &matrix, const char *panel, const char *next,
+    static inline void add_alone(const shardmix_matrix &matrix, Fetcher<Isa> &fetcher,
                                  const Activations &x, Tile<Isa, 1, VECTORS> &tile) {
-        const Group *groups = (const Group *)panel;
+        const Group *groups = (const Group *)fetcher.panel;
         int64_t num_groups = matrix.num_groups;
         Tile<Isa, 1, VECTORS> rests;
         rests.clear();
         for (int64_t g = 0; g < num_groups; ++g) {
-            Isa::prefetch(ahead_of(groups, g, num_groups, next), sizeof(Group));
+            fetcher.fetch(sizeof(Group));
             Product::add_group(groups[g], groups_at(x.groups, g), 0, tile);
             if (x.has_rest[g]) Product::add_group(groups[g], groups_at(x.rests, g), 0, rests);
         }
@@ -169,7 +185,7 @@ struct GroupedProduct {
 
     // What the rests of groups add to the rows of panels; as `add_alone` does, all of them at once.
     static void add_rests(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
-                          int64_t end_panel, float *out) {
+                          int64_t end_panel, const Products &out) {
         constexpr int64_t kMost = 1024;  // groups that are looked at together
         int64_t num_groups = matrix.num_groups, found[kMost], count = 0;
         for (int64_t token = 0; token < x.num_tokens; ++token) {
@@ -198,29 +214,30 @@ struct GroupedProduct {
 
 template <class Isa>
 struct BFloat16Product {
-    static void add_rests(const shardmix_matrix &, const Activations &, int64_t, int64_t, float *) {}
+    static void add_rests(const shardmix_matrix &, const Activations &, int64_t, int64_t,
+                          const Products &) {}
 
     template <int VECTORS>
-    static inline void add_alone(const shardmix_matrix &matrix, const char *panel, const char *next,
+    static inline void add_alone(const shardmix_matrix &matrix, Fetcher<Isa> &fetcher,
                                  const Activations &x, Tile<Isa, 1, VECTORS> &tile) {
-        add<1, VECTORS>(matrix, panel, next, x, 0, 0, tile);
+        add<1, VECTORS>(matrix, fetcher, x, 0, 0, tile);
     }
 
     // Sums of every second column: one chain of additions would wait for itself.
     static constexpr int kChains = 2;
 
     template <int TOKENS, int VECTORS>
-    static inline void add(const shardmix_matrix &matrix, const char *panel, const char *next,
+    static inline void add(const shardmix_matrix &matrix, Fetcher<Isa> &fetcher,
                            const Activations &x, int64_t token, int64_t lane,
                            Tile<Isa, TOKENS, VECTORS> &tile) {
-        const BFloat16Column *columns = (const BFloat16Column *)panel;
+        const BFloat16Column *columns = (const BFloat16Column *)fetcher.panel;
         int64_t num_columns = matrix.num_columns;
         const float *values = x.values + token * num_columns;
         Tile<Isa, TOKENS, VECTORS> chains[kChains];
         for (int chain = 0; chain < kChains; ++chain) chains[chain].clear();
         int64_t whole = num_columns / kChains * kChains;
         for (int64_t k = 0; k < whole; k += kChains) {
-            Isa::prefetch(ahead_of(columns, k, num_columns, next), kChains * sizeof(BFloat16Column));
+            fetcher.fetch(kChains * sizeof(BFloat16Column));
             for (int chain = 0; chain < kChains; ++chain)
                 add_column(columns[k + chain], values + k + chain, num_columns, lane, chains[chain]);
         }
@@ -244,12 +261,13 @@ struct BFloat16Product {
 };
 
 template <class Isa, class Product, int TOKENS, int VECTORS>
-static inline void multiply_tile(const shardmix_matrix &matrix, const char *panel, const char *next,
-                                 const Activations &x, int64_t token, int64_t first_row, float *out) {
+static inline void multiply_tile(const shardmix_matrix &matrix, Fetcher<Isa> &fetcher,
+                                 const Activations &x, int64_t token, int64_t first_row,
+                                 const Products &out) {
     for (int64_t lane = 0; lane < kPanelRows; lane += VECTORS * Isa::kLanes) {
         Tile<Isa, TOKENS, VECTORS> tile;
         tile.clear();
-        Product::template add<TOKENS, VECTORS>(matrix, panel, next, x, token, lane, tile);
+        Product::template add<TOKENS, VECTORS>(matrix, fetcher, x, token, lane, tile);
         tile.store(out, matrix.num_rows, token, first_row + lane);
     }
 }
@@ -257,30 +275,40 @@ static inline void multiply_tile(const shardmix_matrix &matrix, const char *pane
 // Panels that stay in a core's cache until the rests of all tokens are added.
 constexpr int64_t kBatchBytes = 48 << 10;
 
+// Passes over a panel of `vectors` by `multiply_panels`.
+template <int TOKENS>
+static inline int64_t passes(int64_t num_tokens, int64_t vectors) {
+    int64_t left = num_tokens % TOKENS, pairs = TOKENS > 2 ? left / 2 : 0;
+    return (num_tokens / TOKENS + pairs) * vectors + left - 2 * pairs;
+}
+
 // A panel stays in the cache while all tokens pass over it. `TOKENS` at a time fill the registers;
 // one alone takes the panel's whole width, so that memory is read in order.
 template <class Isa, class Product, int TOKENS>
 static void multiply_panels(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
-                            int64_t end_panel, float *out, const char *after) {
+                            int64_t end_panel, const Products &out, const char *after) {
     constexpr int kWhole = kPanelRows / Isa::kLanes;
-    int64_t batch = kBatchBytes / panel_bytes(matrix), batch_start = first_panel;
+    int64_t num_bytes = panel_bytes(matrix);
+    int64_t batch = kBatchBytes / num_bytes, batch_start = first_panel;
+    int64_t num_passes = passes<TOKENS>(x.num_tokens, kWhole);
     for (int64_t p = first_panel; p < end_panel; ++p) {
         const char *panel = panel_at(matrix, p);
-        const char *next = p + 1 < end_panel || !after ? panel + panel_bytes(matrix) : after;
+        const char *next = p + 1 < end_panel || !after ? panel + num_bytes : after;
+        Fetcher<Isa> fetcher(panel, next, num_bytes, num_passes);
         int64_t token = 0, row = p * kPanelRows;
         if (x.num_tokens == 1) {
             Tile<Isa, 1, kWhole> tile;
             tile.clear();
-            Product::add_alone(matrix, panel, next, x, tile);
+            Product::add_alone(matrix, fetcher, x, tile);
             tile.store(out, matrix.num_rows, 0, row);
             continue;
         }
         for (; token + TOKENS <= x.num_tokens; token += TOKENS)
-            multiply_tile<Isa, Product, TOKENS, 1>(matrix, panel, next, x, token, row, out);
+            multiply_tile<Isa, Product, TOKENS, 1>(matrix, fetcher, x, token, row, out);
         for (; TOKENS > 2 && token + 2 <= x.num_tokens; token += 2)
-            multiply_tile<Isa, Product, 2, 1>(matrix, panel, next, x, token, row, out);
+            multiply_tile<Isa, Product, 2, 1>(matrix, fetcher, x, token, row, out);
         for (; token < x.num_tokens; ++token)
-            multiply_tile<Isa, Product, 1, kWhole>(matrix, panel, next, x, token, row, out);
+            multiply_tile<Isa, Product, 1, kWhole>(matrix, fetcher, x, token, row, out);
         if (p + 1 < end_panel && p + 1 < batch_start + batch) continue;
         Product::add_rests(matrix, x, batch_start, p + 1, out);
         batch_start = p + 1;
@@ -289,7 +317,7 @@ static void multiply_panels(const shardmix_matrix &matrix, const Activations &x,
 
 template <class Isa>
 static void multiply(const shardmix_matrix &matrix, const Activations &x, int64_t first_panel,
-                     int64_t end_panel, float *out, const char *after) {
+                     int64_t end_panel, const Products &out, const char *after) {
     auto by = [&](auto product) {
         multiply_panels<Isa, decltype(product), Isa::kTokens>(matrix, x, first_panel, end_panel, out,
                                                               after);

@@ -81,7 +81,7 @@ void compute(const Step &step, const Head &head) {
         else
             reserve_mlp(step, *step.rows[row].mlp);
     }
-    if (head.share) reserve_head(memory.inputs, head);
+    if (head.share) reserve_head(memory.inputs, head, step.team.num_threads());
     // One to finish the rows, two for the head.
     int64_t num_phases = step.num_rows * kRowPhases + 3;
     Phase *phases = memory.phases.reserve(num_phases);

@@ -3,6 +3,7 @@
 #ifndef SHARDMIX_SCRATCH_H
 #define SHARDMIX_SCRATCH_H
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -49,17 +50,28 @@ class PreparedTokens {
     PreparedTokens(const shardmix_matrix &matrix, const Activations &activations)
         : matrix_(matrix), activations_(activations) {}
 
-    // Where a token's values are put before `prepare`.
+    // Whether a token's values are no longer needed once it is ready.
+    bool are_quantized() const { return matrix_.format != SHARDMIX_BFLOAT16; }
+
+    // Memory for a token's values, until every thread is done with them.
     float *values(int64_t token) const {
         return activations_.values + token * matrix_.num_columns;
     }
 
-    // Make groups [first, end) of a token ready. For a matrix that has no groups they are already.
-    void prepare(int64_t token, int64_t first_group, int64_t end_group) const {
-        if (matrix_.format == SHARDMIX_BFLOAT16) return;
-        kernels().quantize(activations_, token, matrix_, first_group, end_group);
+    // The same until this thread, of this rank, has made the token ready. Where it can be the
+    // thread's own it is: lines of memory that another core wrote last are slow to get.
+    float *values_of(int64_t token, int64_t rank) const {
+        return values(are_quantized() ? rank : token);
     }
-    void prepare(int64_t token) const { prepare(token, 0, matrix_.num_groups); }
+
+    // Make groups [first, end) of a token ready, from their values on.
+    void prepare(int64_t token, int64_t first_group, int64_t end_group, const float *values) const {
+        if (!are_quantized()) return;
+        kernels().quantize(activations_, token, matrix_, first_group, end_group, values);
+    }
+    void prepare(int64_t token, const float *values) const {
+        prepare(token, 0, matrix_.num_groups, values);
+    }
 
     const Activations &view() const { return activations_; }
 
@@ -90,9 +102,9 @@ class GroupMemory {
 
 class TokenMemory {
    public:
-    // Room for tokens of a matrix. Throws std::bad_alloc.
-    void reserve(const shardmix_matrix &matrix, int64_t num_tokens) {
-        values_.reserve(num_tokens * matrix.num_columns);
+    // Room for tokens of a matrix that so many threads make ready. Throws std::bad_alloc.
+    void reserve(const shardmix_matrix &matrix, int64_t num_tokens, int64_t num_threads) {
+        values_.reserve(std::max(num_tokens, num_threads) * matrix.num_columns);
         groups_.reserve(num_tokens * matrix.num_groups);
         rests_.reserve(num_tokens * matrix.num_groups);
         has_rest_.reserve(num_tokens * padded_groups(matrix.num_groups));

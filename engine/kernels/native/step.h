@@ -28,6 +28,7 @@ struct StepMemory {
     TokenMemory inputs;        // of a row's first matrix
     TokenMemory middle;        // of its second
     Buffer<float> projected;   // [T, rows of the first matrix]
+    Buffer<float> pieces;      // [threads, T, ...]: of it, that one thread goes on with itself
     Buffer<float> sums;        // [T, width]: what a row adds to the stream
     Buffer<Token> tokens;
     Buffer<Block> blocks;      // of prompts
@@ -77,7 +78,7 @@ struct Head {
 };
 
 // Memory that the head needs, and its work on every thread of the team; two phases of its own.
-void reserve_head(TokenMemory &memory, const Head &head);
+void reserve_head(TokenMemory &memory, const Head &head, int64_t num_threads);
 void work_head(ThreadTeam &team, const TokenMemory &memory, const Head &head, Phase *phases);
 
 // Phases of a row, at most.
@@ -101,8 +102,14 @@ bool is_consistent(const shardmix_head_share &share);
 
 // Panels [first, end) of a product, of every token; this thread reads `next` afterwards.
 static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,
-                                   int64_t first, int64_t end, float *out, const char *next) {
+                                   int64_t first, int64_t end, const Products &out,
+                                   const char *next) {
     kernels().multiply(matrix, tokens.view(), first, end, out, next);
+}
+// The same, to [T, rows of the matrix].
+static inline void multiply_panels(const shardmix_matrix &matrix, const PreparedTokens &tokens,
+                                   int64_t first, int64_t end, float *out, const char *next) {
+    multiply_panels(matrix, tokens, first, end, Products{out, matrix.num_rows, 0}, next);
 }
 
 // Each token once, and of many about as many as a line of the cache holds by one thread: what is

@@ -29,7 +29,7 @@ MOST_ASKED_IDS = 100_000
 # Tokens that are computed and shown together, and for how long at most: words then still flow. A step
 # costs the computer about a millisecond besides, whatever it computes.
 MOST_TOGETHER = 8
-TOGETHER_SECONDS = 0.025
+TOGETHER_SECONDS = 0.04
 
 
 @dataclass(slots=True)

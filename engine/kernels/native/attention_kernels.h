@@ -108,10 +108,13 @@ static inline void score_positions(const AttentionUnit &unit, int64_t head, int6
         } else {
             for (int n = 0; n < POSITIONS; ++n) scores[h][p + n] = Isa::sum(totals[h][n]);
         }
+    }
+    // Apart: with a loop in the one above, compilers keep the sums in memory.
+    if (d == width) return;
+    for (int h = 0; h < HEADS; ++h)
         for (int n = 0; n < POSITIONS; ++n)
             for (int64_t tail = d; tail < width; ++tail)
                 scores[h][p + n] += Cached::load_one(keys[n] + tail) * queries[h * width + tail];
-    }
 }
 
 // Scores of heads [head, head + HEADS) at all positions of the unit.

@@ -94,7 +94,8 @@ def assert_attention_agrees(
         x = random_stream(config, sum(count for _, _, count in step), number)
         expected = torch_kernels.attention_part(x, exact, batch, cache, config)
         found = native.part(x, batch)
-        assert_near(found, expected, max(CACHE_TOLERANCES[kv], rounded))
+        # A token may meet both: its key rounds to the neighbour, and then what it attends to.
+        assert_near(found, expected, CACHE_TOLERANCES[kv] + rounded)
 
 
 @shared

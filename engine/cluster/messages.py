@@ -19,7 +19,7 @@ from engine.model.config import CacheDtype, ModelConfig
 from engine.plan.plan import Plan, Transport
 from engine.weights.formats import TensorInfo
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 # Full logits of one step; the short form has a step compute as many.
 MAX_LOGITS_BYTES = 128 << 20
 # Raw logits in the short form of an answer, per position and vocabulary shard.
@@ -405,6 +405,21 @@ class LogitsWanted(Message, frozen=True):
     raw_sums: tuple[bool, ...] = ()
 
 
+class Draw(Message, frozen=True):
+    """How the tokens of a conversation are drawn whose logits the request does not change.
+
+    Attributes:
+        temperature: above 0; the filters mean what they do in `SamplingSettings`.
+        noises: in [0, 1), for the token after a step's last one, and for each after it.
+    """
+
+    temperature: float
+    top_k: Count
+    top_p: float
+    min_p: float
+    noises: tuple[float, ...]
+
+
 class Step(Message, frozen=True):
     """One forward pass of a ragged batch.
 
@@ -412,8 +427,10 @@ class Step(Message, frozen=True):
 
     Attributes:
         continued: of a single conversation, tokens after the last one that a device which computes
-            everything may go on with, each the likeliest after the one before; their inputs are its
-            head's rows. As many positions more are answered, all as the last one was wanted.
+            everything may go on with, as it foresees them; their inputs are its head's rows. As many
+            positions more are answered, all as the last one was wanted.
+        draw: of a single conversation, how its next tokens are drawn; None where each is the
+            likeliest, or where the device cannot know.
     """
 
     epoch: Count
@@ -423,6 +440,7 @@ class Step(Message, frozen=True):
     operations: tuple[SlotOperation, ...]
     logits: LogitsWanted
     continued: Count = 0
+    draw: Draw | None = None
 
 
 class StepProgress(Message, frozen=True):
@@ -456,6 +474,7 @@ class StepAnswer(Message, frozen=True):
     Attributes:
         links: one entry per peer that something was sent to or received from.
         figures: of links whose figures the traffic has changed, at most once a second.
+        continued: tokens that the device went on with.
     """
 
     epoch: Count
@@ -468,6 +487,7 @@ class StepAnswer(Message, frozen=True):
     cache_bytes: Count
     links: tuple[LinkTraffic, ...] = ()
     figures: tuple[LinkFigures, ...] = ()
+    continued: tuple[Index, ...] = ()
 
 
 class FetchLogits(Message, frozen=True):

@@ -495,6 +495,7 @@ class Runner:
             cache_bytes=shard.cache.num_bytes,
             links=c.links(),
             figures=self._changed_figures(exchange.links),
+            continued=tuple(stepping.continued),
         )
         self._last_answer = (step.step_id, answer, answer_tensors)
         self._send(answer, answer_tensors)

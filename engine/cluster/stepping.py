@@ -16,10 +16,10 @@ import torch
 from engine.cluster import messages as m
 from engine.cluster.ahead import Ahead
 from engine.cluster.collective import Collective
+from engine.cluster.foresight import check_draw, foresee
 from engine.cluster.pieces import Piece, cut_step, num_pieces
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.errors import ProtocolError
-from engine.kernels.native_logits import largest
 from engine.kernels.torch_kernels import Batch
 from engine.model.batch import StepKind
 from engine.model.kv_cache import MAX_SLOTS
@@ -37,7 +37,11 @@ MAX_OPERATIONS = 2 * MAX_SLOTS
 
 
 class Stepping:
-    """Computes the steps of one epoch."""
+    """Computes the steps of one epoch.
+
+    Attributes:
+        continued: tokens that the last step went on with.
+    """
 
     def __init__(
         self,
@@ -68,8 +72,8 @@ class Stepping:
         self._first_id, self._end_id = plan.unit_range(self._head_row, index)
         is_alone = plan.used_devices() == (index,) and shard.is_native
         self._ahead = Ahead(shard) if is_alone and may_go_ahead else None
-        self._likeliest: list[int] = []
-        self._num_together = 1  # steps that the last one was
+        self._following: list[int] = []  # what most likely comes next, of each slot
+        self.continued: list[int] = []
 
     def compute(self, step: m.Step, tensors: list[m.Array]) -> list[m.Array]:
         """The tensors of a StepAnswer.
@@ -77,14 +81,14 @@ class Stepping:
         Raises: ProtocolError: the step breaks a rule.
         """
         self._last_logits = self._last_batch = None
-        self._likeliest, self._num_together = [], 1
+        self._following, self.continued = [], []
         if not step.segments:
             return []
         shard, exchange = self.shard, self.exchange
         num_logits = sum([len(s.logit_offsets) for s in step.segments])
         check_wanted(step.logits, num_logits)
         self._check_answer(num_logits + step.continued)
-        _check_continued(step)
+        _check_foreseen(step)
         computed = self._ahead.take() if self._ahead is not None else None
         if computed is not None:  # Its segments and inputs are those of this step.
             self._last_logits, self._last_batch = computed.logits, computed.batch
@@ -127,32 +131,32 @@ class Stepping:
 
     def _go_on(self, step: m.Step, logits_NV: torch.Tensor) -> list[m.Array]:
         """The answer, after as many tokens that follow as the step wants and can be undone."""
-        wanted, batch = step.logits, self._last_batch
-        if not step.continued or self._ahead is None or batch is None:
-            return self._answer_tensors(wanted, logits_NV)
-        found = [logits_NV]
+        answer = self._answer_tensors(step.logits, logits_NV)
+        batch = self._last_batch
+        if self._ahead is None or batch is None or step.logits.form == "full":
+            return answer
+        if not step.continued and step.draw is None:
+            self._following = answer[0][:, 0].tolist()
+            return answer
+        found, answers = [logits_NV], [answer]
         end = time.perf_counter() + MOST_CONTINUED_SECONDS
-        while len(found) <= step.continued and time.perf_counter() < end:
-            _, likeliest = largest(found[-1], 1)
-            computed = self._ahead.follow(batch, [int(token) for token in likeliest[:, 0]])
-            if computed is None:
+        num_rows = logits_NV.shape[1]
+        while True:
+            token = foresee(answers[-1], step.draw, len(self.continued), num_rows)
+            self._following = [] if token is None else [token]
+            is_enough = len(self.continued) == step.continued or time.perf_counter() > end
+            if token is None or is_enough:
                 break
-            batch = computed.batch
-            found.append(computed.logits)
-            self.exchange.counters.compute_ns += computed.compute_ns
-        if len(found) == 1:
-            return self._answer_tensors(wanted, logits_NV)
+            following = self._ahead.follow(batch, [token])
+            if following is None:
+                break
+            self.continued.append(token)
+            batch = following.batch
+            self.exchange.counters.compute_ns += following.compute_ns
+            found.append(following.logits)
+            answers.append(self._answer_tensors(step.logits, following.logits))
         self._last_logits, self._last_batch = torch.cat(found), batch
-        self._num_together = len(found)
-        wanted = m.LogitsWanted(
-            form=wanted.form,
-            ids=wanted.ids * len(found),
-            temperatures=wanted.temperatures * len(found),
-            raw_sums=wanted.raw_sums * len(found),
-        )
-        answer = self._answer_tensors(wanted, self._last_logits)
-        self._likeliest = self._likeliest[-1:]
-        return answer
+        return [np.concatenate(tensors) for tensors in zip(*answers, strict=True)]
 
     def hear(self, step: m.Step, tensors: list[m.Array]) -> None:
         """Before the slots of a step are changed: see whether it was guessed."""
@@ -166,8 +170,8 @@ class Stepping:
         following = self.shard.prepare_next(self._last_batch)
         if self._ahead is None or following is None:
             return
-        if len(self._likeliest) == len(following.segments):
-            self._ahead.guess(following, self._likeliest)
+        if len(self._following) == len(following.segments):
+            self._ahead.guess(following, self._following)
 
     @property
     def is_ahead(self) -> bool:
@@ -177,7 +181,8 @@ class Stepping:
     def go_ahead(self) -> None:
         """While nobody asks for anything: compute what most likely will be asked for."""
         if self._ahead is not None:
-            self._ahead.compute(self.exchange.counters.compute_ns // self._num_together)
+            num_steps = 1 + len(self.continued)
+            self._ahead.compute(self.exchange.counters.compute_ns // num_steps)
 
     def change_slots(self, operations: Sequence[m.SlotOperation]) -> None:
         """Free slots, cut them back, and copy their beginnings, before a step computes.
@@ -294,7 +299,6 @@ class Stepping:
             answer = [logits_NV.float().cpu().numpy()]
         else:
             answer = short_form(logits_NV, wanted, self._first_id)
-            self._likeliest = answer[0][:, 0].tolist()
         self.exchange.counters.compute_ns += time.perf_counter_ns() - started
         return answer
 
@@ -325,14 +329,16 @@ def to_tensor(array: m.Array, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def _check_continued(step: m.Step) -> None:
-    """Refuse to go on with what is not the last token of one conversation."""
-    if not step.continued:
+def _check_foreseen(step: m.Step) -> None:
+    """Refuse to foresee what does not follow the last token of one conversation."""
+    if not step.continued and step.draw is None:
         return
     segments = step.segments
     is_one_token = len(segments) == 1 and segments[0].token_count == 1
     if step.kind == "prompt" or step.logits.form == "full" or not is_one_token:
         raise ProtocolError("only a step of one generated token can be gone on with")
+    if step.draw is not None:
+        check_draw(step.draw)
     if step.continued > MOST_CONTINUED or not segments[0].logit_offsets:
         raise ProtocolError(
             f"a step is to be gone on with for {step.continued:,} tokens, at most {MOST_CONTINUED} "

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.cluster.coordinator import LoadRequest
-from engine.cluster.messages import MAX_LOGITS_BYTES, Array, LogitsWanted, SlotOperation
+from engine.cluster.messages import MAX_LOGITS_BYTES, Array, Draw, LogitsWanted, SlotOperation
 from engine.decode.drafting import Draft
 from engine.decode.listener import EmbeddingSource
-from engine.decode.logit_changes import LogitChanges
 from engine.decode.pace import MIN_PIECE
 from engine.decode.sequence import Sequence
 from engine.decode.speculation import Offer, StepTimes, choose_lengths
 from engine.model.batch import Segment, StepKind
 from engine.model.weight_formats import is_head_exact
+from engine.sampling.logit_changes import LogitChanges
 
 # Guessed tokens in one step, of all sequences together: with more, arithmetic is the limit anywhere.
 MOST_DRAFTED = 64
@@ -183,13 +183,24 @@ def choose_continued(work: Work, step_seconds: float | None) -> None:
     work.num_continued = min(work.sequence.most_continued, max(0, together - 1))
 
 
-def take_continued(work: Work, top_ids: Seq[int]) -> None:
-    """Take note of tokens that a device went on with.
+def draw_of(work: Work) -> Draw | None:
+    """How the tokens are drawn with which a device may go on; None where the likeliest follow."""
+    settings = work.sequence.settings
+    if not work.num_continued or not settings.temperature:
+        return None
+    return Draw(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        noises=work.sequence.noises(1 + work.num_continued),
+    )
 
-    Args: top_ids: the likeliest of each position that was answered.
-    """
-    work.continued = list(top_ids[:-1])
-    work.changes = work.changes * len(top_ids)
+
+def take_continued(work: Work, ids: Seq[int]) -> None:
+    """Take note of tokens that a device went on with: each has a position that is answered."""
+    work.continued = list(ids)
+    work.changes = work.changes * (1 + len(ids))
 
 
 def take_back(works: Seq[Work]) -> list[SlotOperation]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from engine.cluster import messages as m
 from engine.cluster.coordinator import DeviceAnswer
-from engine.decode.sampling import Candidates, ShardLogits, merge_shards
 from engine.errors import ProtocolError
 from engine.plan.plan import Plan
+from engine.sampling.choice import Candidates, ShardLogits, merge_shards
 
 
 def gather_candidates(
@@ -38,20 +38,20 @@ def gather_candidates(
     return [merge_shards(s) for s in shards]
 
 
-def likeliest_ids(plan: Plan, answers: Sequence[DeviceAnswer], most: int) -> list[int]:
-    """The first token of every position that the only device of a plan answered.
+def continued_ids(plan: Plan, answers: Sequence[DeviceAnswer], most: int) -> tuple[int, ...]:
+    """Tokens that the only device of a plan went on with.
 
-    Args: most: positions, at least one.
-    Raises: ProtocolError: it answered with something else, or with more than that.
+    Raises: ProtocolError: more than it was allowed to, or such as there are not.
     """
     index = plan.group(plan.shape.head_row)[0]
-    ids = _tensors_of(plan, index, answers, 5)[0]
-    if ids.ndim != 2 or not 1 <= len(ids) <= most or not ids.shape[1] or ids.dtype != np.int64:
+    ids = next((a.answer.continued for a in answers if a.device_index == index), ())
+    _, vocab_size = plan.unit_range(plan.shape.head_row, index)
+    if len(ids) > most or any(i >= vocab_size for i in ids):
         raise ProtocolError(
-            f"{plan.devices[index]} answered with ids {ids.dtype} {list(ids.shape)}, int64 of 1 to "
-            f"{most} positions are expected"
+            f"{plan.devices[index]} went on with {len(ids)} tokens, at most {most} were asked for "
+            f"with ids below {vocab_size:,}"
         )
-    return ids[:, 0].tolist()
+    return ids
 
 
 def join_full_logits(plan: Plan, answers: Sequence[DeviceAnswer], count: int) -> m.Array:

@@ -30,6 +30,7 @@ from engine.decode.batching import (
     Work,
     choose_continued,
     choose_guesses,
+    draw_of,
     find_changes,
     generated_works,
     input_rows,
@@ -41,7 +42,7 @@ from engine.decode.batching import (
     take_continued,
 )
 from engine.decode.draft_model import DraftModel, DraftPlan
-from engine.decode.gather import gather_candidates, join_full_logits, likeliest_ids
+from engine.decode.gather import continued_ids, gather_candidates, join_full_logits
 from engine.decode.listener import EmbeddingSource, Listener
 from engine.decode.pace import Pace
 from engine.decode.sequence import Sequence
@@ -413,6 +414,7 @@ class Scheduler:
             operations=tuple(self._operations),
             logits=logits_wanted(works, "full" if is_full else "top"),
             continued=sum(work.num_continued for work in works),
+            draw=draw_of(works[0]) if works else None,
         )
         self._operations = []
         rows = input_rows(works, embeddings) if works else None
@@ -526,7 +528,7 @@ class Scheduler:
         plan = self._load.plan
         wanted = [work for work in works if work.changes]
         if wanted and (most := wanted[0].num_continued):
-            take_continued(wanted[0], likeliest_ids(plan, answers, 1 + most))
+            take_continued(wanted[0], continued_ids(plan, answers, most))
         asked = [changes.ids.tolist() for work in wanted for changes in work.changes]
         candidates = gather_candidates(plan, answers, asked) if wanted else []
         full: list[m.Array] = []

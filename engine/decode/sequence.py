@@ -14,12 +14,12 @@ from typing import NamedTuple, Protocol
 
 from engine.decode.drafting import MAX_DRAFT, Draft, Drafter, PromptLookup
 from engine.decode.image_rows import ImageRows
-from engine.decode.logit_changes import NO_CHANGES, LogitChanges, logit_changes
-from engine.decode.sampling import Candidates, choose, token_logprobs, uniform
 from engine.decode.speculation import Acceptance
 from engine.decode.stopping import IdStopMatcher, StopMatcher
 from engine.host.messages import FinishReason, SamplingSettings, Speculation, TokenLogprobs
 from engine.model.batch import StepKind
+from engine.sampling.choice import Candidates, choose, token_logprobs, uniform
+from engine.sampling.logit_changes import NO_CHANGES, LogitChanges, logit_changes
 
 
 class Detokenizer(Protocol):
@@ -177,14 +177,19 @@ class Sequence:
 
     @property
     def most_continued(self) -> int:
-        """Tokens after the next one from the cache that are certain to be the likeliest ones.
+        """Tokens after the next one from the cache that are chosen by their logits and noise alone.
 
-        0 while tokens are replayed, and where chance or the request changes what is chosen.
+        0 while tokens are replayed, and where the request changes logits.
         """
         is_replaying = self.num_computed + 1 < len(self.ids)
-        if is_replaying or self.settings.temperature or self.most_changes(MAX_DRAFT):
+        if is_replaying or self.most_changes(MAX_DRAFT):
             return 0
         return max(0, self.max_tokens - self.num_generated - 1)
+
+    def noises(self, count: int) -> tuple[float, ...]:
+        """What decides how the next tokens are drawn."""
+        first = len(self.ids)
+        return tuple(uniform(self.seed, self.batch_index, first + n) for n in range(count))
 
     def draft(self) -> Draft:
         """A guess of prompt lookup; may be empty."""

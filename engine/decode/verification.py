@@ -13,8 +13,8 @@ from collections.abc import Sequence as Seq
 from engine.cluster import messages as m
 from engine.decode.batching import Work
 from engine.decode.drafting import MODEL_SOURCE
-from engine.decode.sampling import Candidates, all_candidates
 from engine.errors import EngineError
+from engine.sampling.choice import Candidates, all_candidates
 
 
 def take_tokens(

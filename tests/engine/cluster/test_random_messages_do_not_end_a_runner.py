@@ -50,6 +50,14 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 NUMBERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 7, 2**31, 2**53, 2**63, 2**64 - 1])
+DRAWS = st.builds(
+    m.Draw,
+    temperature=st.floats(),
+    top_k=st.integers(0, 2**53),
+    top_p=st.floats(),
+    min_p=st.floats(),
+    noises=st.lists(st.floats(), max_size=20).map(tuple),
+)
 
 
 def names_of(union: Any) -> list[str]:
@@ -150,6 +158,7 @@ class RunnerMachine(RuleBasedStateMachine):
         action=st.sampled_from(["free", "truncate", "copy"]),
         source=st.integers(0, 3),
         continued=st.integers(0, 20),
+        draw=st.none() | DRAWS,
     )
     def step(
         self,
@@ -162,13 +171,14 @@ class RunnerMachine(RuleBasedStateMachine):
         action: Any,
         source: int,
         continued: int,
+        draw: m.Draw | None,
     ) -> None:
         part = segment(
             slot=slot, first_position=position, token_count=count, logit_offsets=tuple(offsets)
         )
         operation = m.SlotOperation(action=action, slot=slot, length=position, source=source)
         step = self.attacked.good_step(
-            segments=(part,), operations=(operation,), kind=kind, continued=continued
+            segments=(part,), operations=(operation,), kind=kind, continued=continued, draw=draw
         )
         self.attacked.say(step, np.ones((rows, self.checkpoint.config.width), np.float32))
 

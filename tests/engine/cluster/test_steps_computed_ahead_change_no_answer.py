@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 
 from engine.cluster import messages as m
 from engine.cluster.ahead import LOOK_EVERY, MOST_SECONDS, Worth
+from engine.cluster.foresight import foresee
 from engine.cluster.lockstep import Lockstep
+from engine.cluster.short_logits import short_form
 from engine.cluster.stepping import MOST_CONTINUED, Stepping
 from engine.errors import ConfigError, ProtocolError
 from engine.kernels.build_native import source_hash
@@ -24,6 +27,8 @@ from engine.model.batch import Segment, StepKind
 from engine.model.view import LONGEST_STEP
 from engine.plan.plan import PlanShape
 from engine.plan.presets import single
+from engine.sampling.choice import ShardLogits, all_candidates, choose, merge_shards
+from engine.sampling.logit_changes import NO_CHANGES
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from tests.engine.cluster.exchange_members import Members
 from tests.tiny_files import save_tiny_gguf
@@ -81,11 +86,12 @@ class Device:
         kind: StepKind = "generated",
         operations: tuple[m.SlotOperation, ...] = (),
         continued: int = 0,
+        draw: m.Draw | None = None,
     ) -> list[m.Array]:
         """The answer to a step: for each slot its first position and new tokens."""
         self._step_id += 1
-        step = step_of(self._step_id, tokens, kind, operations)
-        step = msgspec.structs.replace(step, continued=continued)
+        step = step_of(self._step_id, tokens, kind, operations, temperature=temperature_of(draw))
+        step = msgspec.structs.replace(step, continued=continued, draw=draw)
         rows = self._checkpoint.embed([i for _, ids in tokens.values() for i in ids])
         # What the host takes to think: longer than a step of so small a model.
         time.sleep(0.002)
@@ -107,6 +113,7 @@ def step_of(
     kind: StepKind,
     operations: tuple[m.SlotOperation, ...] = (),
     epoch: int = 3,
+    temperature: float = 0.0,
 ) -> m.Step:
     """A step that wants the logits of each slot's last token."""
     segments = tuple(
@@ -117,7 +124,7 @@ def step_of(
     )
     count = len(segments)
     wanted = m.LogitsWanted(
-        form="top", ids=((),) * count, temperatures=(0.0,) * count, raw_sums=(True,) * count
+        form="top", ids=((),) * count, temperatures=(temperature,) * count, raw_sums=(True,) * count
     )
     return m.Step(
         epoch=epoch,
@@ -129,6 +136,10 @@ def step_of(
     )
 
 
+def temperature_of(draw: m.Draw | None) -> float:
+    return 0.0 if draw is None else draw.temperature
+
+
 def operation(action: Any, slot: int, source: int = 0, length: int = 0) -> m.SlotOperation:
     """A change of a slot."""
     return m.SlotOperation(action=action, slot=slot, source=source, length=length)
@@ -137,6 +148,17 @@ def operation(action: Any, slot: int, source: int = 0, length: int = 0) -> m.Slo
 def likeliest(answer: list[m.Array]) -> list[int]:
     """What a greedy host goes on with, per slot."""
     return answer[0][:, 0].tolist()
+
+
+def chosen_from(answer: list[m.Array], draw: m.Draw | None, n: int) -> int:
+    """What the host chooses from the logits of a whole small vocabulary."""
+    ids, values, log_sums = (array[0].tolist() for array in answer[:3])
+    if draw is None:
+        return ids[0]
+    candidates = merge_shards([ShardLogits(ids, values, {}, log_sums, is_whole=True)])
+    token = choose(candidates, draw, NO_CHANGES, draw.noises[n])
+    assert token is not None
+    return token
 
 
 class Both:
@@ -156,17 +178,29 @@ class Both:
         return found
 
     def ask_to_go_on(
-        self, first: int, token: int, continued: int, operations: tuple[m.SlotOperation, ...] = ()
+        self,
+        first: int,
+        token: int,
+        continued: int,
+        operations: tuple[m.SlotOperation, ...] = (),
+        draw: m.Draw | None = None,
     ) -> list[int]:
         """A token of slot 0, and what one device goes on with and the other is asked for.
 
-        Returns: the likeliest after each.
+        Returns: what follows each.
         """
-        found = self._eager.ask({0: (first, [token])}, "generated", operations, continued)
-        expected = [self._patient.ask({0: (first, [token])}, "generated", operations)]
-        chosen = likeliest(found)
-        for n in range(1, len(chosen)):
-            expected.append(self._patient.ask({0: (first + n, [chosen[n - 1]])}))
+        device = self._eager
+        found = device.ask({0: (first, [token])}, "generated", operations, continued, draw)
+        # Without noise nothing is foreseen; the sums are at the same temperature.
+        plain = None if draw is None else msgspec.structs.replace(draw, noises=())
+        chosen: list[int] = []
+        expected: list[list[m.Array]] = []
+        for n in range(1 + len(device.stepping.continued)):
+            asked = {0: (first + n, [token])}
+            expected.append(self._patient.ask(asked, "generated", operations, 0, plain))
+            token, operations = chosen_from(expected[-1], draw, n), ()
+            chosen.append(token)
+        assert device.stepping.continued == chosen[:-1]
         for ours, theirs in zip(found, zip(*expected, strict=True), strict=True):
             np.testing.assert_array_equal(ours, np.concatenate(theirs))
         ours, theirs = self._eager.stepping.full_logits(), self._patient.stepping.full_logits()
@@ -308,6 +342,26 @@ def test_a_step_that_is_gone_on_with_gives_the_answers_of_single_ones(
     assert both.num_ahead > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_tokens_are_gone_on_with_as_the_host_draws_them(both: Both, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
+    first = 20
+    for _ in range(30):
+        continued = int(random.integers(9))
+        draw = m.Draw(
+            temperature=float(random.uniform(0.2, 2.0)),
+            top_k=int(random.choice([0, 0, 7])),
+            top_p=float(random.choice([1.0, 0.9, 0.5])),
+            min_p=float(random.choice([0.0, 0.05])),
+            noises=tuple(random.random(1 + continued).tolist()),
+        )
+        chosen = both.ask_to_go_on(first, token, continued, draw=draw)
+        assert len(chosen) == 1 + continued
+        first, token = first + len(chosen), chosen[-1]
+    assert both.num_ahead > 0
+
+
 def test_a_step_is_gone_on_with_as_far_as_it_can_be_undone(both: Both) -> None:
     """Up to the end of its slot's memory, or of a ring; there a single step takes new memory."""
     (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
@@ -337,6 +391,40 @@ def test_only_a_single_token_of_one_conversation_is_gone_on_with(
         for tokens, kind, continued in cases:
             with pytest.raises(ProtocolError, match="gone on with"):
                 device.ask(tokens, kind, (), continued)
+
+
+GOOD_DRAW = m.Draw(temperature=0.5, top_k=0, top_p=0.9, min_p=0.0, noises=(0.5,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (0.0, -1.0, math.inf, math.nan)),
+        *({"top_p": value} for value in (0.0, 1.1, math.nan)),
+        *({"min_p": value} for value in (-0.1, 1.1, math.nan)),
+        *({"noises": value} for value in ((0.5, 1.0), (-0.1,), (math.nan,))),
+    ],
+    ids=str,
+)
+def test_draws_that_mean_nothing_are_refused(checkpoint: Checkpoint, wrong: dict[str, Any]) -> None:
+    with Device(checkpoint, goes_ahead=True) as device:
+        device.ask({0: (0, IDS[:5])}, "prompt")
+        draw = msgspec.structs.replace(GOOD_DRAW, **wrong)
+        with pytest.raises(ProtocolError, match=r"means nothing|is not a number"):
+            device.ask({0: (5, [4])}, "generated", (), 1, draw)
+
+
+def test_what_the_largest_logits_do_not_prove_is_not_foreseen() -> None:
+    """Of a flat vocabulary: the token that is drawn is not among them."""
+    num_rows = 4 * m.TOP_LOGITS
+    wanted = m.LogitsWanted(form="top", ids=((),), temperatures=(1.0,), raw_sums=(False,))
+    logits = torch.linspace(0.01, 0.0, num_rows)[None]
+    short = short_form(logits, wanted, 0)
+    seen = msgspec.structs.replace(GOOD_DRAW, temperature=1.0, top_p=1.0, noises=(0.1, 0.9))
+    token = foresee(short, seen, 0, num_rows)
+    assert token == choose(all_candidates(logits[0].numpy()), seen, NO_CHANGES, 0.1)
+    assert foresee(short, seen, 1, num_rows) is None
+    assert foresee(short, seen, 2, num_rows) is None  # Nor is what has no noise.
 
 
 def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decode.sampling import all_candidates
 from engine.decode.sequence import NextToken, Sequence
 from engine.decode.stopping import IdStopMatcher, StopMatcher
 from engine.host.messages import SamplingSettings
+from engine.sampling.choice import all_candidates
 from engine.text.detokenizer import IncrementalDetokenizer
 
 EOS = 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -21,8 +22,12 @@ pytestmark = pytest.mark.network
 
 NUM_TOKENS = 90
 GREEDY = api.SamplingSettings(temperature=0.0)
-# A bias of nothing: what a request changes of the logits is the host's to choose by.
-STEP_BY_STEP = api.SamplingSettings(temperature=0.0, logit_bias=((40, 0.0),))
+DRAWN = {
+    "at 0.5": api.SamplingSettings(temperature=0.5, top_p=1.0, seed=3),
+    "at 1.5 from a nucleus": api.SamplingSettings(temperature=1.5, top_p=0.8, seed=2**64 - 1),
+    "of the likeliest": api.SamplingSettings(temperature=1.0, top_k=5, seed=5),
+    "by a least chance": api.SamplingSettings(temperature=1.0, min_p=0.2, top_p=1.0, seed=6),
+}
 
 
 def tied_folder(folder: Path, dtype: torch.dtype) -> Path:
@@ -51,10 +56,18 @@ def answer(session: Session, sampling: api.SamplingSettings, **options: Any) -> 
     return session.generate("abcabcabcab", raw=True, sampling=sampling, **options)
 
 
-def assert_same(session: Session, **options: Any) -> None:
-    expected = answer(session, STEP_BY_STEP, **options)
+def by_single_steps(sampling: api.SamplingSettings) -> api.SamplingSettings:
+    """A bias of nothing: what a request changes of the logits is the host's to choose by."""
+    return msgspec.structs.replace(sampling, logit_bias=((40, 0.0),))
+
+
+STEP_BY_STEP = by_single_steps(GREEDY)
+
+
+def assert_same(session: Session, sampling: api.SamplingSettings = GREEDY, **options: Any) -> None:
+    expected = answer(session, by_single_steps(sampling), **options)
     for _ in range(3):
-        found = answer(session, GREEDY, **options)
+        found = answer(session, sampling, **options)
         assert found.token_ids == expected.token_ids
         assert found.text == expected.text
         assert found.finish_reason == expected.finish_reason
@@ -65,9 +78,14 @@ def test_an_answer_takes_fewer_steps_and_is_the_same(session: Session) -> None:
     assert_same(session)
     assert answer(session, STEP_BY_STEP).decode_steps == NUM_TOKENS - 1
     assert answer(session, GREEDY).decode_steps < NUM_TOKENS // 2
-    # What is drawn cannot be foreseen.
-    drawn = answer(session, api.SamplingSettings(temperature=0.5, seed=3))
-    assert drawn.decode_steps == NUM_TOKENS - 1
+
+
+@pytest.mark.parametrize("sampling", DRAWN.values(), ids=DRAWN)
+def test_so_does_an_answer_that_is_drawn(session: Session, sampling: api.SamplingSettings) -> None:
+    assert_same(session, sampling)
+    assert_same(session, sampling, logprobs=4, max_tokens=17)
+    assert answer(session, by_single_steps(sampling)).decode_steps == NUM_TOKENS - 1
+    assert answer(session, sampling).decode_steps < NUM_TOKENS // 2
 
 
 def test_a_head_that_was_rounded_again_is_not_gone_on_with(tmp_path: Path) -> None:

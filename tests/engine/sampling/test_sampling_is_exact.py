@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers.generation import logits_process as hf
 
-from engine.decode.logit_changes import logit_changes
-from engine.decode.sampling import all_candidates, choose, uniform
 from engine.host.messages import SamplingSettings
-from tests.engine.decode.distributions import (
+from engine.sampling.choice import all_candidates, choose, uniform
+from engine.sampling.logit_changes import logit_changes
+from tests.engine.sampling.distributions import (
     exact_distribution,
     measured_distribution,
     settings_for,

@@ -20,8 +20,10 @@ from engine.cluster import messages as m
 from engine.cluster.coordinator import DeviceAnswer
 from engine.cluster.short_logits import check_wanted, short_form
 from engine.decode.gather import gather_candidates, join_full_logits
-from engine.decode.logit_changes import LogitChanges, logit_changes
-from engine.decode.sampling import (
+from engine.errors import ProtocolError
+from engine.host.messages import SamplingSettings
+from engine.plan.plan import Plan, PlanShape
+from engine.sampling.choice import (
     Candidates,
     ShardLogits,
     all_candidates,
@@ -30,10 +32,8 @@ from engine.decode.sampling import (
     token_logprobs,
     uniform,
 )
-from engine.errors import ProtocolError
-from engine.host.messages import SamplingSettings
-from engine.plan.plan import Plan, PlanShape
-from tests.engine.decode.distributions import exact_distribution, settings_for
+from engine.sampling.logit_changes import LogitChanges, logit_changes
+from tests.engine.sampling.distributions import exact_distribution, settings_for
 
 SMALL = 99
 LARGE = 1201

@@ -14,16 +14,30 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decode.logit_changes import LogitChanges
-from engine.host.messages import SamplingSettings, TokenLogprobs
+from engine.host.messages import TokenLogprobs
+from engine.sampling.logit_changes import LogitChanges
 
 # Sums over shards and sums over all tokens round differently, by less than this share of the whole
 # for vocabularies of millions. A choice this close to the border of two tokens is not proven.
 BORDER_MARGIN = 1e-9
+
+
+class Filters(Protocol):
+    """What decides how a token is drawn, as `SamplingSettings` says."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +122,7 @@ def uniform(seed: int, sequence: int, position: int) -> float:
 
 
 def choose(
-    candidates: Candidates, settings: SamplingSettings, changes: LogitChanges, noise: float
+    candidates: Candidates, settings: Filters, changes: LogitChanges, noise: float
 ) -> int | None:
     """The next token.
 
@@ -199,7 +213,7 @@ class _Ordered:
     margin: float
 
 
-def _draw(tokens: _Ordered, settings: SamplingSettings, noise: float) -> int | None:
+def _draw(tokens: _Ordered, settings: Filters, noise: float) -> int | None:
     """Place of the chosen token, or None where that is not proven."""
     scaled = tokens.scaled
     cumulative = np.cumsum(np.exp(scaled))

@@ -9,7 +9,7 @@ def command_of(process: psutil.Process) -> list[str]:
     """The words of its command line; none if it ended, or ended and nobody waited for it."""
     try:
         return process.cmdline()
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return []
 
 
@@ -17,11 +17,14 @@ def has_ended(process: psutil.Process) -> bool:
     """Whether it is gone, or ended and nobody waited for it (a container without init)."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return True
 
 
 def processes_below(ancestor: psutil.Process, *words: str) -> list[psutil.Process]:
-    """All that `ancestor` started, directly or not, whose command lines have all these words."""
+    """All that `ancestor` started, directly or not, whose command lines have all these words.
+
+    Raises: psutil.NoSuchProcess: `ancestor` ended.
+    """
     children = ancestor.children(recursive=True)
     return [child for child in children if set(words).issubset(command_of(child))]

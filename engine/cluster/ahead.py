@@ -1,10 +1,10 @@
 """The step that most likely follows, computed before it is asked for.
 
 An engine host needs a while to choose a token and to send it back, in which a device that computes
-everything alone would have nothing to do. Mostly it is the likeliest token, and where the output
-head is the embedding too, the device has that token's row itself.
+everything alone would have nothing to do. Mostly it is the likeliest token, or one that `foresight`
+can tell, and where the output head is the embedding too, the device has that token's row itself.
 
-In: the likeliest tokens of a step, then the next step as it was asked for. Out: that step's logits,
+In: the tokens that are foreseen after a step, then the next step as it was asked for. Out: that step's logits,
 if its positions and all its inputs are what was guessed; else all is as if nothing had been
 computed. So no answer depends on a guess, only how soon it comes. Where a step asks for the tokens
 that follow it, too, whoever asked has made sure that the head's rows are the inputs.
@@ -107,29 +107,29 @@ class Ahead:
         """Whether there is something that `take` would give."""
         return self._computed is not None
 
-    def guess(self, batch: Batch, likeliest: Sequence[int]) -> None:
+    def guess(self, batch: Batch, foreseen: Sequence[int]) -> None:
         """After a step's answer: note what most likely comes next.
 
         Args:
             batch: the step after it, of one token for each of its segments.
-            likeliest: these tokens.
+            foreseen: these tokens.
         """
         self._answered_ns = time.perf_counter_ns()
         with contextlib.suppress(*_FAILURES):
-            self._rows = self._shard.tied_rows(likeliest)
+            self._rows = self._shard.tied_rows(foreseen)
             self._batch = batch
 
-    def follow(self, batch: Batch, likeliest: Sequence[int]) -> Computed | None:
+    def follow(self, batch: Batch, foreseen: Sequence[int]) -> Computed | None:
         """Compute the step after one, if it can be undone. Its inputs are compared with nothing.
 
         Args:
             batch: computed last.
-            likeliest: the token of each of its segments.
+            foreseen: the token that comes next of each of its segments.
         Returns: None where the step cannot be computed, which changes nothing.
         """
         with contextlib.suppress(*_FAILURES):
             following = self._shard.prepare_next(batch)
-            rows = None if following is None else self._shard.tied_rows(likeliest)
+            rows = None if following is None else self._shard.tied_rows(foreseen)
             if following is not None and rows is not None:
                 return self._computed_step(following, rows)
         return None

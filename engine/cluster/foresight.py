@@ -9,33 +9,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.cluster.messages import Array, Draw
+from engine.cluster.messages import Array, Step
 from engine.errors import ProtocolError
 from engine.sampling.choice import ShardLogits, choose, merge_shards
 from engine.sampling.logit_changes import NO_CHANGES
 
 
-def check_draw(draw: Draw) -> None:
+def check_draw(step: Step) -> None:
     """Check what a step says of its draws.
 
-    Raises: ProtocolError: a number that means nothing.
+    Raises: ProtocolError: a number that means nothing, or another temperature than the sums have.
     """
-    # What is no number is not above anything.
-    is_valid = 0 < draw.temperature < math.inf and 0 < draw.top_p <= 1 and 0 <= draw.min_p <= 1
-    if not is_valid or not all(0 <= noise < 1 for noise in draw.noises):
-        raise ProtocolError("a step says of its draws what means nothing")
+    draw = step.draw
+    if draw is None:
+        return
+    temperature = draw.temperature
+    # What is no number is neither above nor below anything.
+    rules = {
+        "temperature above 0": (temperature, 0 < temperature < math.inf),
+        "temperature as of its sums": (temperature, step.logits.temperatures == (temperature,)),
+        "top_p above 0 and at most 1": (draw.top_p, 0 < draw.top_p <= 1),
+        "min_p from 0 to 1": (draw.min_p, 0 <= draw.min_p <= 1),
+        "noises from 0 to below 1": (draw.noises, all(0 <= n < 1 for n in draw.noises)),
+    }
+    for rule, (found, is_kept) in rules.items():
+        if not is_kept:
+            raise ProtocolError(f"a draw must have {rule}, the step says {found}")
 
 
-def foresee(short: Sequence[Array], draw: Draw | None, n: int, num_rows: int) -> int | None:
+def foresee(short: Sequence[Array], step: Step, n: int, num_rows: int) -> int | None:
     """The token that follows a position.
 
     Args:
         short: of this position alone, as `short_form` gives it, of the whole vocabulary.
-        draw: checked; None where the likeliest token follows.
-        n: which of its noises counts.
+        step: checked; the n-th of its noises counts, where it has a draw.
         num_rows: of the vocabulary.
     Returns: None where that cannot be told.
     """
+    draw = step.draw
     ids, values, log_sums = (short[i][0] for i in range(3))
     if draw is None:
         return int(ids[0])

@@ -142,7 +142,9 @@ class Stepping:
         end = time.perf_counter() + MOST_CONTINUED_SECONDS
         num_rows = logits_NV.shape[1]
         while True:
-            token = foresee(answers[-1], step.draw, len(self.continued), num_rows)
+            started = time.perf_counter_ns()
+            token = foresee(answers[-1], step, len(self.continued), num_rows)
+            self.exchange.counters.compute_ns += time.perf_counter_ns() - started
             self._following = [] if token is None else [token]
             is_enough = len(self.continued) == step.continued or time.perf_counter() > end
             if token is None or is_enough:
@@ -155,6 +157,8 @@ class Stepping:
             self.exchange.counters.compute_ns += following.compute_ns
             found.append(following.logits)
             answers.append(self._answer_tensors(step.logits, following.logits))
+        if not self.continued:
+            return answer
         self._last_logits, self._last_batch = torch.cat(found), batch
         return [np.concatenate(tensors) for tensors in zip(*answers, strict=True)]
 
@@ -337,8 +341,7 @@ def _check_foreseen(step: m.Step) -> None:
     is_one_token = len(segments) == 1 and segments[0].token_count == 1
     if step.kind == "prompt" or step.logits.form == "full" or not is_one_token:
         raise ProtocolError("only a step of one generated token can be gone on with")
-    if step.draw is not None:
-        check_draw(step.draw)
+    check_draw(step)
     if step.continued > MOST_CONTINUED or not segments[0].logit_offsets:
         raise ProtocolError(
             f"a step is to be gone on with for {step.continued:,} tokens, at most {MOST_CONTINUED} "

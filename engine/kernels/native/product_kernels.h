@@ -20,6 +20,7 @@ constexpr int64_t kBytesAhead = 2560;
 
 // Fetches memory at an even pace during all passes over a panel, after which `next` is read: a
 // pass that had to fetch for itself would wait, and those after it would leave the memory idle.
+// With hundreds of passes a share may be nothing; a panel then is soon fetched beside them.
 template <class Isa>
 struct Fetcher {
     const char *panel, *next;

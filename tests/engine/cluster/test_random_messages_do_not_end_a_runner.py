@@ -159,6 +159,7 @@ class RunnerMachine(RuleBasedStateMachine):
         source=st.integers(0, 3),
         continued=st.integers(0, 20),
         draw=st.none() | DRAWS,
+        temperature=st.none() | st.sampled_from([0.0, 0.5]) | st.floats(),
     )
     def step(
         self,
@@ -172,13 +173,28 @@ class RunnerMachine(RuleBasedStateMachine):
         source: int,
         continued: int,
         draw: m.Draw | None,
+        temperature: float | None,
     ) -> None:
         part = segment(
             slot=slot, first_position=position, token_count=count, logit_offsets=tuple(offsets)
         )
         operation = m.SlotOperation(action=action, slot=slot, length=position, source=source)
+        wanted = m.LogitsWanted(form="full")
+        if temperature is not None:
+            each = len(offsets)
+            wanted = m.LogitsWanted(
+                form="top",
+                ids=((),) * each,
+                temperatures=(temperature,) * each,
+                raw_sums=(False,) * each,
+            )
         step = self.attacked.good_step(
-            segments=(part,), operations=(operation,), kind=kind, continued=continued, draw=draw
+            segments=(part,),
+            operations=(operation,),
+            kind=kind,
+            logits=wanted,
+            continued=continued,
+            draw=draw,
         )
         self.attacked.say(step, np.ones((rows, self.checkpoint.config.width), np.float32))
 

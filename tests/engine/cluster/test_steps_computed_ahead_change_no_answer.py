@@ -13,10 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.cluster import messages as m
+from engine.cluster import stepping
 from engine.cluster.ahead import LOOK_EVERY, MOST_SECONDS, Worth
-from engine.cluster.foresight import foresee
+from engine.cluster.foresight import check_draw, foresee
 from engine.cluster.lockstep import Lockstep
 from engine.cluster.short_logits import short_form
 from engine.cluster.stepping import MOST_CONTINUED, Stepping
@@ -343,7 +346,10 @@ def test_a_step_that_is_gone_on_with_gives_the_answers_of_single_ones(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_drawn_tokens_are_gone_on_with_as_the_host_draws_them(both: Both, seed: int) -> None:
+def test_drawn_tokens_are_gone_on_with_as_the_host_draws_them(
+    both: Both, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepping, "MOST_CONTINUED_SECONDS", 600.0)  # However busy the computer is.
     random = np.random.default_rng(seed)
     (token,) = likeliest(both.ask({0: (0, IDS[:20])}, "prompt"))
     first = 20
@@ -399,19 +405,55 @@ GOOD_DRAW = m.Draw(temperature=0.5, top_k=0, top_p=0.9, min_p=0.0, noises=(0.5,)
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"temperature": value} for value in (0.0, -1.0, math.inf, math.nan)),
+        *({"temperature": value} for value in (0.0, -1.0, math.inf, math.nan, 0.6)),
         *({"top_p": value} for value in (0.0, 1.1, math.nan)),
         *({"min_p": value} for value in (-0.1, 1.1, math.nan)),
         *({"noises": value} for value in ((0.5, 1.0), (-0.1,), (math.nan,))),
     ],
     ids=str,
 )
-def test_draws_that_mean_nothing_are_refused(checkpoint: Checkpoint, wrong: dict[str, Any]) -> None:
+def test_draws_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    step = step_of(1, {0: (5, [4])}, "generated", temperature=GOOD_DRAW.temperature)
+    check_draw(msgspec.structs.replace(step, draw=GOOD_DRAW))
+    draw = msgspec.structs.replace(GOOD_DRAW, **wrong)
+    (name,) = wrong
+    with pytest.raises(ProtocolError, match=f"a draw must have {name} .*, the step says "):
+        check_draw(msgspec.structs.replace(step, draw=draw))
+
+
+def test_a_step_is_checked_before_it_is_foreseen(checkpoint: Checkpoint) -> None:
     with Device(checkpoint, goes_ahead=True) as device:
         device.ask({0: (0, IDS[:5])}, "prompt")
-        draw = msgspec.structs.replace(GOOD_DRAW, **wrong)
-        with pytest.raises(ProtocolError, match=r"means nothing|is not a number"):
+        draw = msgspec.structs.replace(GOOD_DRAW, top_p=0.0)
+        with pytest.raises(ProtocolError, match="a draw must have top_p"):
             device.ask({0: (5, [4])}, "generated", (), 1, draw)
+
+
+@given(
+    temperature=st.floats(1e-300, 1e300),
+    top_k=st.integers(0, 2**53),
+    top_p=st.floats(0.0, 1.0, exclude_min=True),
+    min_p=st.floats(0.0, 1.0),
+    noise=st.floats(0.0, 1.0, exclude_max=True),
+    spread=st.sampled_from([0.0, 1e-6, 1.0, 1e30, math.inf, math.nan]),
+    num_rows=st.sampled_from([5, m.TOP_LOGITS, 3 * m.TOP_LOGITS]),
+)
+def test_whatever_is_drawn_from_whatever_logits_no_runner_ends(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    noise: float,
+    spread: float,
+    num_rows: int,
+) -> None:
+    step = step_of(1, {0: (5, [4])}, "generated", temperature=temperature)
+    draw = m.Draw(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, noises=(noise,))
+    step = msgspec.structs.replace(step, draw=draw)
+    check_draw(step)
+    logits = torch.linspace(1.0, -1.0, num_rows)[None] * spread
+    token = foresee(short_form(logits, step.logits, 0), step, 0, num_rows)
+    assert token is None or 0 <= token < num_rows
 
 
 def test_what_the_largest_logits_do_not_prove_is_not_foreseen() -> None:
@@ -421,10 +463,12 @@ def test_what_the_largest_logits_do_not_prove_is_not_foreseen() -> None:
     logits = torch.linspace(0.01, 0.0, num_rows)[None]
     short = short_form(logits, wanted, 0)
     seen = msgspec.structs.replace(GOOD_DRAW, temperature=1.0, top_p=1.0, noises=(0.1, 0.9))
-    token = foresee(short, seen, 0, num_rows)
+    step = step_of(1, {0: (5, [4])}, "generated", temperature=1.0)
+    step = msgspec.structs.replace(step, draw=seen)
+    token = foresee(short, step, 0, num_rows)
     assert token == choose(all_candidates(logits[0].numpy()), seen, NO_CHANGES, 0.1)
-    assert foresee(short, seen, 1, num_rows) is None
-    assert foresee(short, seen, 2, num_rows) is None  # Nor is what has no noise.
+    assert foresee(short, step, 1, num_rows) is None
+    assert foresee(short, step, 2, num_rows) is None  # Nor is what has no noise.
 
 
 def test_a_ring_that_is_full_is_not_written_ahead(both: Both) -> None:

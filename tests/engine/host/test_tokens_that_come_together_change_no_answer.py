@@ -112,22 +112,50 @@ def test_a_draft_model_is_credited_with_its_own_guesses_alone(tmp_path: Path) ->
     assert found.accepted_tokens <= found.drafted_tokens
 
 
+either = pytest.mark.parametrize("sampling", [GREEDY, DRAWN["at 0.5"]], ids=["greedy", "drawn"])
+
+
+@either
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 17, 50])
-def test_it_ends_after_as_many_tokens_as_were_asked_for(session: Session, max_tokens: int) -> None:
-    assert_same(session, max_tokens=max_tokens)
+def test_it_ends_after_as_many_tokens_as_were_asked_for(
+    session: Session, sampling: api.SamplingSettings, max_tokens: int
+) -> None:
+    assert_same(session, sampling, max_tokens=max_tokens)
+
+
+def test_one_of_a_batch_is_drawn_by_its_own_noise(session: Session) -> None:
+    sampling = DRAWN["at 0.5"]
+    assert_same(session, sampling, batch_index=3)
+    found = answer(session, sampling, batch_index=3)
+    assert found.decode_steps < NUM_TOKENS // 2
+    assert found.token_ids != answer(session, sampling).token_ids
+
+
+@either
+def test_guesses_beside_it_change_nothing(session: Session, sampling: api.SamplingSettings) -> None:
+    for speculation in ("auto", "on"):
+        assert_same(session, sampling, speculation=speculation)
 
 
 def test_what_is_asked_besides_comes_with_every_token(session: Session) -> None:
     assert_same(session, logprobs=4)
 
 
-def test_stops_end_it_between_tokens_that_came_together(session: Session) -> None:
-    whole = answer(session, STEP_BY_STEP)
+@either
+def test_stops_end_it_between_tokens_that_came_together(
+    session: Session, sampling: api.SamplingSettings
+) -> None:
+    whole = answer(session, by_single_steps(sampling))
     for place in range(40, 50, 3):
-        assert_same(session, stop=(whole.text[place : place + 3],))
-        assert_same(session, stop_sequences=(whole.token_ids[place : place + 2],))
-        assert_same(session, stop_ids=(whole.token_ids[place],))
-    # What is kept of an answer that ended so is what its next turn begins with.
+        assert_same(session, sampling, stop=(whole.text[place : place + 3],))
+        assert_same(session, sampling, stop_sequences=(whole.token_ids[place : place + 2],))
+        assert_same(session, sampling, stop_ids=(whole.token_ids[place],))
+
+
+def test_what_is_kept_of_an_answer_that_was_cut_is_what_its_next_turn_begins_with(
+    session: Session,
+) -> None:
+    whole = answer(session, STEP_BY_STEP)
     cut = answer(session, GREEDY, stop=(whole.text[45:48],))
     turn = "abcabcabcab" + cut.text + "z"
     again = session.generate(turn, raw=True, max_tokens=20, sampling=GREEDY)
@@ -136,8 +164,11 @@ def test_stops_end_it_between_tokens_that_came_together(session: Session) -> Non
     assert again.token_ids == fresh.token_ids
 
 
-def test_a_runner_that_dies_between_them_loses_no_word(session: Session) -> None:
-    expected = answer(session, STEP_BY_STEP, max_tokens=400)
+@either
+def test_a_runner_that_dies_between_them_loses_no_word(
+    session: Session, sampling: api.SamplingSettings
+) -> None:
+    expected = answer(session, by_single_steps(sampling), max_tokens=400)
     victim = runner_of(session, session.plan.devices[0])
     heard: list[int] = []
 
@@ -149,7 +180,7 @@ def test_a_runner_that_dies_between_them_loses_no_word(session: Session) -> None
     (found,) = session.generate_batch(
         ["abcabcabcab"],
         raw=True,
-        sampling=GREEDY,
+        sampling=sampling,
         on_token=on_token,
         max_tokens=400,
         ignore_eos=True,
@@ -157,11 +188,15 @@ def test_a_runner_that_dies_between_them_loses_no_word(session: Session) -> None
     )
     assert found.token_ids == expected.token_ids
     assert tuple(heard) == found.token_ids
+    assert found.decode_steps < 200  # It goes on after what was computed again, too.
 
 
-def test_others_beside_it_have_their_answers(session: Session) -> None:
+@either
+def test_others_beside_it_have_their_answers(
+    session: Session, sampling: api.SamplingSettings
+) -> None:
     prompts = ["abcabc", "the quick brown fox", "zz", "x" * 30]
     options: dict[str, Any] = {"raw": True, "max_tokens": 60, "ignore_eos": True}
-    expected = session.generate_batch(prompts, sampling=STEP_BY_STEP, **options)
-    found = session.generate_batch(prompts, sampling=GREEDY, **options)
+    expected = session.generate_batch(prompts, sampling=by_single_steps(sampling), **options)
+    found = session.generate_batch(prompts, sampling=sampling, **options)
     assert [f.token_ids for f in found] == [f.token_ids for f in expected]

@@ -177,12 +177,15 @@ def test_rows_of_a_prompt_give_the_same_however_it_is_cut(
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("columns", "tokens"), [(331, 13), (1056, 40)])
 def test_the_mlp_is_the_same_in_every_batch_and_on_every_number_of_threads(
-    library: NativeLibrary, format: str
+    library: NativeLibrary, format: str, columns: int, tokens: int
 ) -> None:
-    case = mlp_case(config_of(), format, 331)
+    """Whole groups, gated in two pieces, and others; values that dominate their groups."""
+    case = mlp_case(config_of(), format, columns)
     native = NativeHalf(case, library)
-    x = random_stream(case.config, 13, 3)
+    x = random_stream(case.config, tokens, 3)
+    x[:, 7] *= 40.0
     alone = torch.cat([native.part(x[n : n + 1]) for n in range(len(x))])
     for threads in range(1, 5):
         library.set_num_threads(threads)

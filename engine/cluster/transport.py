@@ -116,6 +116,8 @@ def _prepare(
     socket.rcvhwm = max_waiting
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    # Behind a frame that the other end does not read there is no place for a heartbeat.
+    socket.setsockopt(zmq.TCP_MAXRT, HEARTBEAT_MS + HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 

@@ -299,11 +299,17 @@ class PlanApplication:
         lost = {error.device} if error.device is not None else set[str]()
         if error.link is not None:
             pair = " and ".join(sorted(error.link))
-            if self._may_restart(pair):
+            if all(map(self._is_here, error.link)):
+                lost.add(error.link[1])  # No network is between them: it is frozen.
+            elif self._may_restart(pair):
                 self._restarted_at[pair] = time.monotonic()
             else:  # Connecting again did not help: who has less gives way.
                 lost.add(min(error.link, key=lambda device: num_quanta(plan, device)))
         return frozenset(lost.union(d for d in plan.devices if self._is_lost(d)))
+
+    def _is_here(self, device: str) -> bool:
+        node = self._nodes.node_of(device)
+        return node is not None and node.kind != "remote"
 
     def _is_lost(self, device: str) -> bool:
         node = self._nodes.node_of(device)

@@ -21,6 +21,7 @@ from engine.plan.presets import even, from_percentages, pipeline, single
 from engine.session import Session, SessionOptions, simulated_devices
 from tests.engine.host.conftest import runner_of
 from tests.processes import processes_below
+from tests.tiny_models import save_tiny_llama
 
 pytestmark = [
     pytest.mark.network,
@@ -118,6 +119,30 @@ def test_an_answer_goes_on_without_the_device(opened: Session, fault: str) -> No
     if "local-2/cpu" in told:
         assert told["local-2/cpu"]["weight_bytes"] is None
     assert opened.generate(SHAPES, raw=True, max_tokens=60, ignore_eos=True).text == finished.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP is a POSIX signal")
+def test_a_device_that_freezes_with_a_prompt_on_its_way_is_done_without(tmp_path: Path) -> None:
+    """Bug: a frame that it did not read kept heartbeats from telling that it was frozen.
+
+    A piece of the prompt is 1.5 MB, more than a local socket holds.
+    """
+    save_tiny_llama(tmp_path, hidden_size=384)
+    options = SessionOptions(model=str(tmp_path), dtype="float32", num_workers=3, kv_window=100_000)
+    with Session(options) as session:
+        session.apply(full_plan(session))
+        # Pieces are long, once it is known how fast a prompt is read.
+        session.generate("z" * 4000, raw=True, max_tokens=1)
+        watch = Watch(session)
+        runner_of(session, "local-2/cpu").suspend()
+        started = time.monotonic()
+        finished = watch.answer(SHAPES * 300, 20, lambda: None, lambda _message: True)
+        assert time.monotonic() - started < NOTICED_SECONDS + 10.0
+        assert len(watch.interruptions) == 1
+        assert "local-2/cpu" in watch.interruptions[0]
+        session.apply(full_plan(session))
+        expected = session.generate(SHAPES * 300, raw=True, max_tokens=20, ignore_eos=True)
+        assert finished.token_ids == expected.token_ids
 
 
 def test_a_lone_device_is_started_again(opened: Session) -> None:

@@ -93,13 +93,15 @@ def test_a_node_that_forgot_us_is_paired_with_again_without_hurry(tmp_path: Path
                 desk.call(api.PairNode, name="attic")
             with pytest.raises(PeerRefused, match="attic is being paired with already"):
                 desk.call(api.AddNode, token=attic.token)
-            # A person looks at two screens for longer than this host waits between attempts.
+            assert isinstance(shown, api.PairingCode)
+            code = shown.code  # It is told at once, changes of nodes a moment later.
+            desk.wait_until(lambda: desk.node("attic").code == code, "the node has its digits")
             begun = desk.node("attic", "pairing")
+            # A person looks at two screens for longer than this host waits between attempts.
             later = time.monotonic() + RETRY_SECONDS + 1
             desk.wait_until(lambda: time.monotonic() > later, "later")
             now = desk.node("attic")
-            assert isinstance(shown, api.PairingCode)
-            assert (now.state, now.code, now.since_s) == ("pairing", shown.code, begun.since_s)
+            assert (now.state, now.code, now.since_s) == ("pairing", code, begun.since_s)
             desk.call(api.ConfirmPairing, name="attic", is_same=True)
             person.answer("y")
             desk.event(api.Done, pairing)

@@ -4,10 +4,10 @@ An engine host needs a while to choose a token and to send it back, in which a d
 everything alone would have nothing to do. Mostly it is the likeliest token, or one that `foresight`
 can tell, and where the output head is the embedding too, the device has that token's row itself.
 
-In: the tokens that are foreseen after a step, then the next step as it was asked for. Out: that step's logits,
-if its positions and all its inputs are what was guessed; else all is as if nothing had been
-computed. So no answer depends on a guess, only how soon it comes. Where a step asks for the tokens
-that follow it, too, whoever asked has made sure that the head's rows are the inputs.
+In: the tokens that are foreseen after a step, then the next step as it was asked for. Out: that
+step's logits, if its positions and all its inputs are what was guessed; else all is as if nothing
+had been computed. So no answer depends on a guess, only how soon it comes. Where a step asks for
+the tokens that follow it, too, whoever asked has made sure that the head's rows are the inputs.
 """
 
 from __future__ import annotations
